@@ -1,0 +1,80 @@
+# Everything a developer runs. Each target sets up what it needs, starting from python3 and make alone.
+
+PYTHON ?= python3
+EXTRAS ?= bench,dev
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# What a caller's shell says about Python, Triton or the backend must not change what a target does.
+CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u TRITON_INTERPRET -u SEQCORE_BACKEND
+
+# `make aot TRITON=3.6.0` compiles with another Triton, from an environment of its own.
+ifdef TRITON
+AOT_VENV := .venv-triton-$(TRITON)
+AOT_TAG  := -triton-$(TRITON)
+else
+AOT_VENV := $(VENV)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test bench aot aot-full gpu lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.ready  ## make .venv, with every package pinned
+
+test: $(VENV)/.ready  ## the ordinary suite, the interpreted suite, and every kernel compiled ahead of time
+	$(CLEAN) $(BIN)/pytest tests
+	$(CLEAN) TRITON_INTERPRET=1 $(BIN)/pytest tests
+	$(CLEAN) $(BIN)/python -m seqcore.testing.aot --out build/aot.json
+
+bench: $(VENV)/.ready  ## measure what this machine can, and write the report (ARGS=... is passed on)
+	$(CLEAN) $(BIN)/python -m benchmarks $(ARGS)
+
+aot: $(AOT_VENV)/.ready  ## compile a covering subset of the kernels for every target, no GPU needed (TRITON=3.6.0)
+	$(CLEAN) $(AOT_VENV)/bin/python -m seqcore.testing.aot --out build/aot$(AOT_TAG).json $(ARGS)
+
+aot-full: $(AOT_VENV)/.ready  ## compile every kernel in every configuration
+	$(CLEAN) $(AOT_VENV)/bin/python -m seqcore.testing.aot --full --out build/aot-full$(AOT_TAG).json $(ARGS)
+
+# On a GPU machine the system's own torch and Triton are the ones to measure, and there may be no network: so
+# no environment, and nothing is installed but a link to this checkout (`pip uninstall seqcore` removes it).
+gpu:  ## tests, numerics and benchmarks on this machine's GPU, with the system's python3 (OUT=build/gpu)
+	@$(PYTHON) -c 'import seqcore.kernels' 2>/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 \
+	    $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m benchmarks.campaign --out $(or $(OUT),build/gpu) $(ARGS)
+
+lint: $(VENV)/.ready  ## ruff: the rules and the format of imports
+	$(BIN)/ruff check .
+
+clean:  ## remove environments, builds and caches
+	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environments --------------------------------------------------------------------------------------------
+
+define new_environment
+@$(CLEAN) $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+    { echo "seqcore needs Python 3.10 or newer, and $(PYTHON) is older or missing: try make PYTHON=python3.12" >&2; exit 1; }
+@$(CLEAN) $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+    { echo "$(PYTHON) cannot make environments: it lacks venv or ensurepip. On Debian and Ubuntu, install" \
+           "python3-venv; or name another interpreter: make PYTHON=/path/to/python3" >&2; exit 1; }
+$(CLEAN) $(PYTHON) -m venv $(1)
+$(CLEAN) $(1)/bin/python -m pip install --quiet -c constraints.txt pip setuptools wheel
+endef
+
+$(VENV)/.ready: setup.py pyproject.toml constraints.txt
+	$(call new_environment,$(VENV))
+	$(CLEAN) $(BIN)/python -m pip install -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# Triton goes in last and by itself, since torch's CUDA wheel insists on the version it was built with. The
+# interpreter of Triton 3.6 does not know NumPy 2.4.
+.venv-triton-%/.ready: setup.py pyproject.toml constraints.txt
+	$(call new_environment,.venv-triton-$*)
+	sed -e '/^triton==/d' -e 's/^numpy==2\.4\.[0-9]*/numpy==2.3.5/' constraints.txt > .venv-triton-$*/constraints.txt
+	$(CLEAN) .venv-triton-$*/bin/python -m pip install -c .venv-triton-$*/constraints.txt torch numpy
+	$(CLEAN) .venv-triton-$*/bin/python -m pip install --quiet --no-deps triton==$*
+	$(CLEAN) .venv-triton-$*/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,77 @@
+"""How much work a layer is: floating-point operations, bytes, and steps that must wait for each other.
+
+A multiplication with its addition counts two. Pointwise mathematics (gates, softmax, biases) is left out, as is
+usual: it is a few operations for each element, where the products do thousands. All counts are those of the
+definition, not of an implementation, so that faster code shows as a higher rate.
+"""
+
+from dataclasses import dataclass
+
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass through one layer has to do, whoever does it."""
+
+    flops: float
+    bytes: float
+    dependent_steps: int
+
+
+def work(op: str, pass_: str, shape: dict[str, int], element_size: int) -> Work:
+    """The work of one layer, ``op`` being rnn, gru, lstm or attention, and ``pass_`` forward or training."""
+    T, B, I, H = (shape[name] for name in "TBIH")
+    if op == "attention":
+        flops = attention_flops(T, B, H, pass_)
+        weights = 4 * H * H
+    else:
+        flops = recurrence_flops(GATES[op], T, B, I, H, pass_)
+        weights = GATES[op] * H * (I + H)
+    # Input read and output written once, weights read once. Training also reads dy, writes dx and writes the
+    # gradients of the weights: each tensor a second time.
+    tensors = T * B * (I + H) + weights
+    traffic = tensors * element_size * (2 if pass_ == "training" else 1)
+    return Work(flops, traffic, dependent_steps(op, T, pass_))
+
+
+def recurrence_flops(gates: int, T: int, B: int, I: int, H: int, pass_: str) -> float:
+    """Products of one layer, one direction.
+
+    Each step multiplies [B, I] and [B, H] with G·H columns: 2·B·G·H·(I + H). Backward multiplies once for the
+    gradient of the input and state and once for that of the weights, each as large as the forward product.
+    """
+    forward = 2 * T * B * gates * H * (I + H)
+    return forward * (3 if pass_ == "training" else 1)
+
+
+def attention_flops(T: int, B: int, E: int, pass_: str, causal: bool = True) -> float:
+    """Products of a self-attention layer of width E, projections included.
+
+    The projections to queries, keys, values and output are four products [T·B, E]·[E, E]: 8·T·B·E². Each visible
+    pair of positions costs 2·E for its score and 2·E for its share of the output, over all heads together;
+    causal attention sees T·(T + 1)/2 pairs. Backward costs the projections twice more, and the pairs 2.5 times:
+    five products where forward has two, since the scores are recomputed rather than stored.
+    """
+    projections = 8 * T * B * E * E
+    pairs = T * (T + 1) / 2 if causal else T * T
+    scores = 4 * B * pairs * E
+    return projections + scores if pass_ == "forward" else 3 * projections + 3.5 * scores
+
+
+def dependent_steps(op: str, T: int, pass_: str) -> int:
+    """Length of the longest chain of operations each of which needs the one before.
+
+    One library product, one fused attention, or one time step of a recurrence counts one: on a machine without
+    limits to its width, that is what remains. A recurrence projects its whole input first and then takes T
+    steps; its backward takes T steps and then one product. Attention projects, attends, projects; its backward
+    does the same in reverse.
+    """
+    forward = 3 if op == "attention" else T + 1
+    return forward * (2 if pass_ == "training" else 1)
+
+
+def model_flops(parameters: int, tokens: int, attention: float = 0.0) -> float:
+    """One training step of a model: every weight takes part in one product forward and two backward, for each
+    token; ``attention`` is the share of the scores, which belong to no weight."""
+    return 6 * parameters * tokens + attention

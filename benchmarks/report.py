@@ -1,0 +1,208 @@
+"""The report: report.md and plots, from pytest-benchmark's JSON alone.
+
+``python -m benchmarks.report FILE.json [--out DIR] [--no-plots]``
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks import answers
+from benchmarks.answers import NAMES, PASS_NAMES, SWEEPS
+from benchmarks.layers import TORCH
+from benchmarks.rows import OURS, Results, Row
+from benchmarks.shapes import OPS, PASSES
+
+
+def table(header: list[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table, its first column to the left and all others to the right, aligned in plain text too."""
+    cells = [header, *lines]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def row(line: list[str]) -> str:
+        padded = (text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths)))
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join([row(header), row(rule), *(row(line) for line in cells[1:])])
+
+
+def bytes_text(count: int | None) -> str:
+    if count is None:
+        return "–"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def number(value: float) -> str:
+    """Three digits that matter."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times_table(results: Results, sweep: str, pass_: str) -> str:
+    """The short one for a terminal: milliseconds of each layer at each T, and how ours compares with torch.nn."""
+    rows = results.select(suite="bottleneck", sweep=sweep, pass_=pass_)
+    found = {(row.op, row.T, row.B): row for row in rows}
+    ops = [op for op in OPS if any(row.op == op for row in rows)]
+    lines = []
+    for T, B in sorted({(row.T, row.B) for row in rows}):
+        line = [f"{T:,}", f"{B:,}"]
+        for op in ops:
+            row = found.get((op, T, B))
+            line += [number(row.ms), f"{row.times[TORCH] / row.times[OURS]:.2f}"] if row else ["–", "–"]
+        lines.append(line)
+    return table(["T", "B", *(cell for op in ops for cell in (f"{NAMES[op]} ms", "ratio"))], lines)
+
+
+def detail_table(rows: list[Row]) -> str:
+    peers = list(dict.fromkeys(name for row in rows for name in row.info["peers"]))
+    header = ["layer", "T", "B", f"{OURS} ms", "p20–p80", *(f"{name} ms" for name in peers), "ratio", "tokens/s"]
+    header += ["µs/step", "TFLOP/s", "% of peak", "× floor", "memory", "dependent steps"]
+    lines = []
+    for row in rows:
+        info = row.info
+        line = [NAMES[row.op], f"{row.T:,}", f"{row.B:,}", number(info["ms_p50"])]
+        line.append(f"{number(info['ms_p20'])}–{number(info['ms_p80'])}")
+        line += [number(info["peers"][name]) if name in info["peers"] else "–" for name in peers]
+        line += [f"{info['ratio']:.2f}", number(info["tokens_per_s"]), number(info["us_per_step"])]
+        line += [number(info["tflops"]), number(info["percent_of_peak"]), number(info["ms_p50"] / info["floor_ms"])]
+        line += [bytes_text(info["memory_bytes"]), f"{info['dependent_steps']:,}"]
+        lines.append(line)
+    return table(header, lines)
+
+
+def slope_table(results: Results, sweep: str) -> str:
+    lines = [
+        [NAMES[line["op"]], line["pass"], f"{fit.slope:.2f}", f"{fit.r_squared:.3f}", f"{fit.points}"]
+        + [f"{fit.first:,}–{fit.last:,}"]
+        for line in answers.slopes(results, sweep)
+        for fit in [line["fit"]]
+    ]
+    return table(["layer", "pass", "slope", "R²", "points", "T"], lines)
+
+
+def models_table(results: Results) -> str:
+    lines = []
+    for row in results.select(suite="models"):
+        info = row.info
+        held_out = info["curves"][OURS]["held_out"]
+        lines.append(
+            [NAMES[row.op], f"{info['parameters']:,}", f"{info['shape']['H']}", f"{info['steps']}"]
+            + [number(info["ms_p50"]), number(info["tokens_per_s"])]
+            + [number(row.tokens / info["peers"][TORCH] * 1e3), f"{info['ratio']:.2f}"]
+            + [f"{held_out[0]['loss']:.2f} → {held_out[-1]['loss']:.2f}", f"{info['max_loss_difference']:.1e}"]
+        )
+    header = ["model", "parameters", "width", "steps", "ms a step", f"tokens/s {OURS}", f"tokens/s {TORCH}", "ratio"]
+    return table([*header, "held-out loss", "largest difference of loss"], lines)
+
+
+def machine_lines(results: Results) -> list[str]:
+    machine, first = results.machine, results.rows[0].info
+    named = ["gpu", "cpu", "cores", "threads", "driver", "cuda", "cudnn", "torch", "triton", "python", "commit"]
+    lines = [f"- {name}: {machine[name]}" for name in named if machine.get(name) is not None]
+    if machine.get("clocks"):
+        clocks = ", ".join(f"{value:,.0f} {name.replace('_', ' ')}" for name, value in machine["clocks"].items())
+        lines.append(f"- clocks at the end: {clocks}")
+    lines.append(f"- measured limits: {number(first['peak_tflops'])} TFLOP/s ({first['dtype']} matrix product), ")
+    lines[-1] += f"{number(first['copy_gb_per_s'])} GB/s (copy, reading and writing both counted)"
+    return [*lines, f"- date: {results.date}"]
+
+
+def report(results: Results, plots: list[Path]) -> str:
+    """All of report.md."""
+    sweeps = results.values("sweep", SWEEPS)
+    parts = ["# What stepping through time costs", *filter(None, [answers.caveat(results)])]
+    parts += ["\n".join(machine_lines(results)), "## Answers"]
+    for title, sentences in (
+        ("How time grows with length", [s for sweep in sweeps for s in answers.slope_sentences(results, sweep)]),
+        ("Where attention stops being cheaper", [s for w in sweeps for s in answers.crossover_sentences(results, w)]),
+        ("What a step costs beside attention", answers.step_sentences(results)),
+        ("How much batch fills the machine", answers.filling_sentences(results)),
+        ("Trained on real text", answers.model_sentences(results)),
+    ):
+        if sentences:
+            parts += [f"### {title}", "\n".join(f"- {sentence}" for sentence in sentences)]
+    if plots:
+        parts += ["## Plots", "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in plots)]
+    if sweeps or results.select(suite="models"):
+        parts += ["## Tables", READING]
+    for sweep in sweeps:
+        parts += [f"### Slope of log time over log T, {SWEEPS[sweep]}", slope_table(results, sweep)]
+    for sweep, name in {**SWEEPS, "batch_sweep": "batch varied"}.items():
+        for pass_ in PASSES:
+            rows = results.select(suite="bottleneck", sweep=sweep, pass_=pass_)
+            if rows:
+                rows.sort(key=lambda row: OPS.index(row.op))
+                parts += [f"### {PASS_NAMES[pass_].capitalize()}, {name}", detail_table(rows)]
+    if results.select(suite="models"):
+        parts += ["### Models", models_table(results)]
+    if results.not_measured:
+        missing = [f"- {case['name']}: {case['outcome']}, {case['reason']}" for case in results.not_measured]
+        parts += ["## Not measured", "\n".join(missing)]
+    return "\n\n".join(parts) + "\n"
+
+
+READING = f"""\
+Times are medians of interleaved rounds. Slopes, crossovers and plots take, for each layer and size, whoever is \
+fastest on this machine; the tables show {OURS} and its peers apart. *ratio* is the best peer's time over {OURS}'s: \
+above 1, {OURS} is faster. *× floor* is the time over the least this machine could take for the same products and \
+bytes. *memory* is what one pass needs beyond weights, input and output's gradient: on a GPU the peak allocated, on a \
+CPU what autograd saves for backward. *dependent steps* is the longest chain of operations of which each needs the one \
+before. Before its time counted, every layer was compared with float64, over at least its first steps, and lay within \
+the error budget."""
+
+
+def write_report(source: Path, out: Path, with_plots: bool = True) -> tuple[Results, list[Path]]:
+    """Write report.md and the plots into ``out``; say what was read, and which files were written."""
+    results = Results.load(source)
+    if not results.rows:
+        raise ValueError(f"no rows of these benchmarks in {source}; make it with `python -m benchmarks`")
+    out.mkdir(parents=True, exist_ok=True)
+    drawn: list[Path] = []
+    if with_plots:
+        # Imported late: a machine without matplotlib still gets its tables.
+        from benchmarks import plots
+
+        drawn = plots.draw_all(results, out)
+    page = out / "report.md"
+    page.write_text(report(results, [path for path in drawn if path.suffix == ".png"]), encoding="utf-8")
+    return results, [page, *drawn]
+
+
+def print_summary(results: Results, written: list[Path]) -> None:
+    """What a terminal shows at the end."""
+    for sweep in results.values("sweep", SWEEPS):
+        for pass_ in PASSES:
+            rows = results.select(suite="bottleneck", sweep=sweep, pass_=pass_)
+            if rows:
+                print(f"\n{PASS_NAMES[pass_].capitalize()}, {answers.sweep_name(rows)}, H = {rows[0].info['shape']['H']}")
+                print(times_table(results, sweep, pass_))
+        for sentence in answers.slope_sentences(results, sweep) + answers.crossover_sentences(results, sweep):
+            print(f"- {sentence}")
+    if results.select(suite="models"):
+        print(f"\n{models_table(results)}")
+        print("\n".join(f"- {sentence}" for sentence in answers.model_sentences(results)))
+    if results.not_measured:
+        print(f"\n{len(results.not_measured)} not measured; report.md says which and why.")
+    if answers.caveat(results):
+        print("\nMeasured on a CPU: these numbers do not speak for a GPU.")
+    print("\nWritten:\n" + "\n".join(f"  {path}" for path in written))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Draw the report again.")
+    parser.add_argument("json", type=Path, help="pytest-benchmark's JSON")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: beside the JSON)")
+    parser.add_argument("--no-plots", action="store_true", help="tables and words only")
+    options = parser.parse_args(arguments)
+    try:
+        results, written = write_report(options.json, options.out or options.json.parent, not options.no_plots)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print_summary(results, written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""A measurement as it stands in the JSON: written into ``extra_info`` here, and read back here."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.flops import Work
+from benchmarks.timing import Roofs, Timing
+
+# Beside its peers' names, how ours is called in tables and plots.
+OURS = "seqcore"
+
+
+def extra_info(
+    suite: str,
+    op: str,
+    pass_: str,
+    dtype: str,
+    shape: dict[str, int],
+    ours: Timing,
+    peers: dict[str, Timing],
+    work: Work,
+    roofs: Roofs,
+    environment: dict,
+    **more,
+) -> dict:
+    """One row: what was measured, how fast ours and its peers were, and how near to the machine's limits."""
+    best_peer = min(peers, key=lambda name: peers[name].ms_p50)
+    floor_ms, floor_kind = roofs.floor(work.flops, work.bytes)
+    tokens, seconds = shape["T"] * shape["B"], ours.ms_p50 / 1e3
+    tflops = work.flops / seconds / 1e12
+    return {
+        "suite": suite,
+        "op": op,
+        "pass": pass_,
+        "dtype": dtype,
+        "shape": shape,
+        "ms_p20": ours.ms_p20,
+        "ms_p50": ours.ms_p50,
+        "ms_p80": ours.ms_p80,
+        "peers": {name: timing.ms_p50 for name, timing in peers.items()},
+        "best_peer": best_peer,
+        "ratio": peers[best_peer].ms_p50 / ours.ms_p50,
+        "floor_ms": floor_ms,
+        "floor_kind": floor_kind,
+        "tokens_per_s": tokens / seconds,
+        "us_per_step": ours.ms_p50 * 1e3 / shape["T"],
+        "tflops": tflops,
+        "percent_of_peak": 100 * tflops / roofs.tflops,
+        "peak_tflops": roofs.tflops,
+        "copy_gb_per_s": roofs.gigabytes_per_s,
+        "dependent_steps": work.dependent_steps,
+        **more,
+        **environment,
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, read back."""
+
+    info: dict
+
+    @property
+    def op(self) -> str:
+        return self.info["op"]
+
+    @property
+    def T(self) -> int:
+        return self.info["shape"]["T"]
+
+    @property
+    def B(self) -> int:
+        return self.info["shape"]["B"]
+
+    @property
+    def tokens(self) -> int:
+        return self.T * self.B
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Median milliseconds of every contestant, ours first."""
+        return {OURS: self.info["ms_p50"], **self.info["peers"]}
+
+    @property
+    def fastest(self) -> str:
+        return min(self.times, key=self.times.__getitem__)
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of whoever is fastest: what this layer costs on this machine."""
+        return self.times[self.fastest]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run of the benchmarks."""
+
+    rows: list[Row]
+    machine: dict
+    not_measured: list[dict]
+    date: str
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Read pytest-benchmark's JSON; rows of other suites are kept and ignored by what does not know them."""
+        found = json.loads(path.read_text())
+        rows = [Row(row["extra_info"]) for row in found["benchmarks"] if "suite" in row["extra_info"]]
+        ours = found.get("seqcore", {})
+        return cls(rows, ours.get("machine", {}), ours.get("not_measured", []), found.get("datetime", ""))
+
+    def select(self, **wanted) -> list[Row]:
+        """Rows whose ``extra_info`` has these values, ``pass`` being spelled ``pass_``; by T, then B."""
+        wanted = {key.rstrip("_"): value for key, value in wanted.items()}
+        found = [row for row in self.rows if wanted.items() <= _plain(row.info, wanted)]
+        return sorted(found, key=lambda row: (row.T, row.B))
+
+    def values(self, key: str, among: Iterable[str]) -> list[str]:
+        """Those of ``among`` that occur as ``key`` in some row, in that order."""
+        present = {row.info.get(key) for row in self.rows}
+        return [value for value in among if value in present]
+
+
+def _plain(info: dict, wanted: dict) -> set:
+    return {(key, info[key]) for key in wanted if key in info}

@@ -1,0 +1,23 @@
+"""seqcore: fused Triton kernels for recurrence and attention, beside plain-PyTorch references.
+
+``seqcore.nn`` takes the place of ``torch.nn``'s recurrent and attention modules, ``seqcore.functional`` holds the same
+as functions, ``seqcore.use_backend`` chooses who computes, ``seqcore.explain`` tells who would and why not the others.
+"""
+
+from . import functional, nn
+from .backends import Explanation, explain, use_backend
+from .errors import InvalidInput, UnsupportedInput
+from .kernels.tuning import Device
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Device",
+    "Explanation",
+    "InvalidInput",
+    "UnsupportedInput",
+    "explain",
+    "functional",
+    "nn",
+    "use_backend",
+]

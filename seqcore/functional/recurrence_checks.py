@@ -1,0 +1,278 @@
+"""What a recurrence may be given. Everything is checked here, before any launch, and brought into one form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from ..errors import InvalidInput
+from ..reference.recurrence import GATES, Weights
+
+
+@dataclass
+class Problem:
+    """A checked request in one form: time-major, batched, states as [L*D, B, *], weights as ``[layer][direction]``."""
+
+    cell: str
+    x: Tensor  # [T, B, I], or [R, I] packed
+    h0: Tensor
+    c0: Tensor | None
+    weights: list[list[Weights]]
+    bias: bool
+    batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    packed: PackedSequence | None = None
+    batch_first: bool = False
+    unbatched: bool = False
+
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """The dtype the math will run in."""
+        kind, dtype = self.x.device.type, self.x.dtype
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            return torch.get_autocast_dtype(kind)
+        return dtype
+
+    def finish(self, y: Tensor, h_n: Tensor, c_n: Tensor | None):
+        """The results in the layout the caller's input had."""
+        if self.packed is not None:
+            order = self.packed.unsorted_indices
+            if order is not None:
+                h_n, c_n = h_n.index_select(1, order), None if c_n is None else c_n.index_select(1, order)
+            y = PackedSequence(y, self.packed.batch_sizes, self.packed.sorted_indices, order)
+        elif self.unbatched:
+            y, h_n, c_n = y.squeeze(1), h_n.squeeze(1), None if c_n is None else c_n.squeeze(1)
+        elif self.batch_first:
+            y = y.transpose(0, 1)
+        return y, h_n if c_n is None else (h_n, c_n)
+
+
+def check_sequence(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    bidirectional: bool,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> Problem:
+    """The ``Problem`` that these arguments of ``functional.lstm`` and its siblings pose.
+
+    Raises:
+        InvalidInput: for wrong ranks, sizes, dtypes or devices.
+    """
+    name = cell.upper().partition("_")[0]
+    packed = input if isinstance(input, PackedSequence) else None
+    x = input if packed is None else packed.data
+    if not isinstance(x, Tensor):
+        raise InvalidInput(f"{name}: expected input to be a Tensor or a PackedSequence, got {type(x).__name__}")
+    unbatched = False
+    if packed is not None:
+        if x.dim() != 2:
+            raise InvalidInput(f"{name}: a PackedSequence's data must have 2 dimensions, got {x.dim()}")
+    else:
+        if x.dim() not in (2, 3):
+            raise InvalidInput(
+                f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead; allowed are [T, B, I], "
+                "[B, T, I] with batch_first=True, and [T, I]"
+            )
+        unbatched = x.dim() == 2
+        if unbatched:
+            x = x.unsqueeze(1)
+        elif batch_first:
+            x = x.transpose(0, 1)
+        if x.shape[0] == 0:
+            raise InvalidInput(f"{name}: Expected sequence length to be larger than 0, got input {list(input.shape)}")
+    directions = 2 if bidirectional else 1
+    grouped = _check_weights(name, cell, x, weights, num_layers, bias, directions)
+    hidden = grouped[0][0].w_hh.shape[0] // GATES[cell]
+    outputs = grouped[0][0].w_hh.shape[1]
+    if packed is None:
+        batch = x.shape[1]
+    else:
+        # Known without looking at values, which a traced graph could not do.
+        batch = int(packed.batch_sizes[0]) if packed.sorted_indices is None else packed.sorted_indices.shape[0]
+    h0, c0 = _check_state(name, cell, x, hx, unbatched, packed, num_layers * directions, batch, hidden, outputs)
+    if packed is not None and (lengths is not None or reset is not None):
+        raise InvalidInput(
+            f"{name}: lengths= and reset= go with a padded batch, got a PackedSequence; "
+            "pass the padded tensor (torch.nn.utils.rnn.pad_packed_sequence) instead"
+        )
+    if unbatched and (lengths is not None or reset is not None):
+        raise InvalidInput(f"{name}: lengths= and reset= need a batched 3-D input, got 2-D; add a batch dimension")
+    lengths = _check_lengths(name, lengths, x)
+    reset = _check_reset(name, reset, x, batch_first)
+    batch_sizes = None if packed is None else packed.batch_sizes
+    return Problem(
+        cell, x, h0, c0, grouped, bias, batch_sizes, lengths, reset, packed, batch_first and not unbatched, unbatched
+    )
+
+
+def check_cell(cell: str, input: Tensor, hx, weights: Weights) -> Problem:
+    """The ``Problem`` of one step: a layer over a sequence of length 1.
+
+    Raises:
+        InvalidInput: for wrong ranks, sizes, dtypes or devices.
+    """
+    name = f"{cell.upper().partition('_')[0]}Cell"
+    if not isinstance(input, Tensor):
+        raise InvalidInput(f"{name}: expected input to be a Tensor, got {type(input).__name__}")
+    if input.dim() not in (1, 2):
+        raise InvalidInput(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    unbatched = input.dim() == 1
+    bias = weights.b_ih is not None
+    if bias != (weights.b_hh is not None):
+        raise InvalidInput(f"{name}: give both biases or neither, got only {'b_ih' if bias else 'b_hh'}")
+    x = input[None, None] if unbatched else input[None]
+    flat = [w for w in weights if w is not None]
+    grouped = _check_weights(name, cell, x, flat, 1, bias, 1)
+    hidden = weights.w_hh.shape[1]
+    states = () if hx is None else hx if cell == "lstm" else (hx,)
+    for index, state in enumerate(states):
+        if state.dim() != input.dim():
+            raise InvalidInput(
+                f"{name}: Expected hx[{index}] to be {input.dim()}D like the input, got {state.dim()}D instead"
+            )
+    lifted = tuple(state[None, None] if unbatched else state[None] for state in states)
+    batched = None if hx is None else lifted if cell == "lstm" else lifted[0]
+    h0, c0 = _check_state(name, cell, x, batched, False, None, 1, x.shape[1], hidden, hidden)
+    return Problem(cell, x, h0, c0, grouped, bias, unbatched=unbatched)
+
+
+def _check_weights(
+    name: str, cell: str, x: Tensor, weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int
+) -> list[list[Weights]]:
+    kinds = ["w_ih", "w_hh", *(("b_ih", "b_hh") if bias else ())]
+    count = num_layers * directions * len(kinds)
+    projected = cell == "lstm" and len(weights) == count + num_layers * directions
+    if len(weights) != count and not projected:
+        raise InvalidInput(
+            f"{name}: expected {count} weights ({num_layers} layers x {directions} directions x {', '.join(kinds)}), "
+            f"got {len(weights)}"
+        )
+    per_layer = len(weights) // num_layers
+    from ..reference.recurrence import group
+
+    grouped = [
+        group(weights[layer * per_layer : (layer + 1) * per_layer], directions, bias) for layer in range(num_layers)
+    ]
+    if weights[1].dim() != 2 or weights[1].shape[0] % GATES[cell]:
+        raise InvalidInput(
+            f"{name}: w_hh must be [{GATES[cell]} * hidden_size, hidden or proj size], got {list(weights[1].shape)}"
+        )
+    gates, outputs = weights[1].shape
+    hidden = gates // GATES[cell]
+    if not projected and outputs != hidden:
+        raise InvalidInput(f"{name}: w_hh must be [{gates}, {hidden}], got {list(weights[1].shape)}")
+    inputs = grouped[0][0].w_ih.shape[-1]
+    if x.shape[-1] != inputs:
+        raise InvalidInput(
+            f"{name}: input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}"
+        )
+    for layer, of_layer in enumerate(grouped):
+        width = inputs if layer == 0 else directions * outputs
+        shapes = Weights((gates, width), (gates, outputs), (gates,), (gates,), (outputs, hidden))
+        for direction in of_layer:
+            for kind, w, shape in zip(Weights._fields, direction, shapes, strict=True):
+                if w is None:
+                    continue
+                if tuple(w.shape) != shape:
+                    raise InvalidInput(f"{name}: layer {layer} needs {kind} {list(shape)}, got {list(w.shape)}")
+                _check_alike(name, "weight", f"{kind} of layer {layer}", x, w)
+    return grouped
+
+
+def _check_alike(name: str, role: str, what: str, x: Tensor, other: Tensor) -> None:
+    if other.device != x.device:
+        raise InvalidInput(
+            f"{name}: input and {role} must be on one device, got input on {x.device} and {what} on {other.device}; "
+            "move one with .to(device)"
+        )
+    if not other.is_floating_point() or not x.is_floating_point():
+        raise InvalidInput(f"{name}: needs floating point, got input {x.dtype} and {what} {other.dtype}")
+    if other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise InvalidInput(
+            f"{name}: input dtype ({x.dtype}) does not match {role} dtype ({other.dtype}, {what}). "
+            f"Convert input: input.to({other.dtype}), or convert the other: .to({x.dtype})"
+        )
+
+
+def _check_state(
+    name: str,
+    cell: str,
+    x: Tensor,
+    hx,
+    unbatched: bool,
+    packed: PackedSequence | None,
+    layers: int,
+    batch: int,
+    hidden: int,
+    outputs: int,
+) -> tuple[Tensor, Tensor | None]:
+    """h0 [L*D, B, P] and c0 [L*D, B, H] (None unless LSTM), zeros by default, in the packed order."""
+    if hx is None:
+        h0 = x.new_zeros(layers, batch, outputs)
+        return h0, x.new_zeros(layers, batch, hidden) if cell == "lstm" else None
+    if cell == "lstm":
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            raise InvalidInput(f"{name}: hx must be a pair (h_0, c_0), got {type(hx).__name__}")
+        states = list(hx)
+    else:
+        if not isinstance(hx, Tensor):
+            raise InvalidInput(f"{name}: hx must be a Tensor, got {type(hx).__name__}")
+        states = [hx]
+    rank = 2 if unbatched else 3
+    for index, (state, width) in enumerate(zip(states, (outputs, hidden), strict=False)):
+        label = "hidden" if len(states) == 1 else f"hidden[{index}]"
+        if state.dim() != rank:
+            raise InvalidInput(
+                f"{name}: For {'unbatched 2-D' if unbatched else 'batched 3-D'} input, {label} should also be "
+                f"{rank}-D but got {state.dim()}-D tensor"
+            )
+        states[index] = state.unsqueeze(1) if unbatched else state
+        if tuple(states[index].shape) != (layers, batch, width):
+            raise InvalidInput(
+                f"{name}: Expected {label} size {(layers, batch, width)}, got {list(states[index].shape)}"
+            )
+        _check_alike(name, "hx", label, x, state)
+    if packed is not None and packed.sorted_indices is not None:
+        states = [state.index_select(1, packed.sorted_indices) for state in states]
+    return states[0], states[1] if cell == "lstm" else None
+
+
+def _check_lengths(name: str, lengths: Tensor | None, x: Tensor) -> Tensor | None:
+    if lengths is None:
+        return None
+    time, batch = x.shape[:2]
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise InvalidInput(f"{name}: lengths must be integers, got {lengths.dtype}")
+    if tuple(lengths.shape) != (batch,):
+        raise InvalidInput(f"{name}: lengths must be [{batch}], one a sequence, got {list(lengths.shape)}")
+    # Values on a GPU are not looked at, which would wait for it; there, too long means T and negative means 0.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > time:
+            raise InvalidInput(f"{name}: lengths must lie in 0 … {time}, got {low} … {high}")
+    return lengths.to(x.device)
+
+
+def _check_reset(name: str, reset: Tensor | None, x: Tensor, batch_first: bool) -> Tensor | None:
+    if reset is None:
+        return None
+    expected = tuple(x.shape[:2])
+    if batch_first:
+        expected = expected[::-1]
+    if reset.dtype != torch.bool or tuple(reset.shape) != expected:
+        raise InvalidInput(
+            f"{name}: reset must be bool of shape {list(expected)}, got {reset.dtype} {list(reset.shape)}"
+        )
+    if reset.device != x.device:
+        raise InvalidInput(f"{name}: reset must be on the input's device {x.device}, got {reset.device}")
+    return reset.transpose(0, 1) if batch_first else reset

@@ -1,0 +1,216 @@
+"""Multi-head attention, with the constructor, parameters and outputs of ``torch.nn.MultiheadAttention``."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from ..backends import check_backend, resolve
+from ..errors import InvalidInput
+from ..reference.attention import attention_weights
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` with a choice of backend; goes into torch's Transformer layers.
+
+    Each head attends as softmax(q k^T / sqrt(d) + mask) v over projections of query, key and value; the heads are
+    joined and projected again.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.MultiheadAttention`` (embed_dim, num_heads, dropout=0.0, bias=True,
+            add_bias_kv=False, add_zero_attn=False, kdim=None, vdim=None, batch_first=False, device=None, dtype=None).
+        backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``. "aten" is torch's own
+            module to the last bit.
+
+    One deliberate difference, except under "aten": a query that may see no key gives zeros before the output
+    projection, and zero weights, where torch gives NaN with ``need_weights=True``.
+
+    Source: Vaswani et al. (2017); https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html
+    """
+
+    # A class-level default, so that an instance made by torch.nn and given this class works.
+    backend: str | None = None
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        if backend is not None:
+            check_backend(backend)
+        self.__dict__["_constructing"] = True
+        super().__init__(*args, **kwargs)
+        del self.__dict__["_constructing"]
+        self.backend = backend
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """False unless torch's own code is to run: its Transformer layers ask this before they pass our forward by."""
+        same = self.__dict__["_qkv_same_embed_dim"]
+        return same and (self.__dict__.get("_constructing", False) or resolve(self.backend) == "aten")
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, same: bool) -> None:
+        self.__dict__["_qkv_same_embed_dim"] = same
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attended [M, B, E] ([B, M, E] if batch_first, [M, E] unbatched) and, if asked, the weights.
+
+        Args:
+            query, key, value: [M, B, E], [N, B, kdim], [N, B, vdim], in the module's layout.
+            key_padding_mask: [B, N] ([N] unbatched); True, or -inf, marks keys to ignore.
+            need_weights: also return the weights, computed in plain PyTorch from the log-sum-exp.
+            attn_mask: [M, N] or [B * H, M, N]; True marks pairs that may NOT attend, floats are added.
+            average_attn_weights: average them over heads, [B, M, N]; else [B, H, M, N].
+            is_causal: a promise that ``attn_mask`` is the causal mask, as in torch.
+
+        Raises:
+            InvalidInput: for wrong ranks, sizes, dtypes or masks.
+            UnsupportedInput: if the backend was named and cannot serve the request.
+        """
+        if resolve(self.backend) == "aten":
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if is_causal and attn_mask is None:
+            raise InvalidInput(
+                "MultiheadAttention: is_causal is a hint about attn_mask, got attn_mask=None; pass the causal mask "
+                "(torch.nn.Transformer.generate_square_subsequent_mask) with it"
+            )
+        batched = self._check(query, key, value)
+        layout = _Layout(batched, self.batch_first)
+        query, key, value = layout.enter_all(query, key, value)
+        q, k, v = self._project(query, key, value)
+        masks = _Masks(q, k, attn_mask, key_padding_mask, self.num_heads, batched)
+        # As in torch: alone, and with no weights to return, a causal mask need not be read.
+        causal = is_causal and key_padding_mask is None and not need_weights
+        if self.bias_k is not None:
+            k = torch.cat([k, self.bias_k.to(k.dtype).expand(len(k), 1, -1)], 1)
+            v = torch.cat([v, self.bias_v.to(v.dtype).expand(len(v), 1, -1)], 1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        mask = masks.joined(extra_keys=k.shape[2] - key.shape[1], without_attn_mask=causal)
+
+        dropout_p = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {"attn_mask": mask, "causal": "top_left" if causal else None, "dropout_p": dropout_p}
+        if need_weights and dropout_p:
+            options["dropout_seed"] = torch.randint(2**62, (1,), device=q.device)
+        out = functional.attention(q, k, v, **options, return_lse=need_weights, backend=self.backend)
+        weights = None
+        if need_weights:
+            out, lse = out
+            weights = attention_weights(q, k, lse, **options).to(out.dtype)
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        return layout.leave(out), weights
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the input is batched."""
+        ranks = query.dim(), key.dim(), value.dim()
+        if ranks not in ((2, 2, 2), (3, 3, 3)):
+            raise InvalidInput(
+                f"MultiheadAttention: query, key and value must all be 3-D, or 2-D unbatched, got {ranks} dimensions"
+            )
+        widths = (query.shape[-1], key.shape[-1], value.shape[-1])
+        if widths != (self.embed_dim, self.kdim, self.vdim):
+            raise InvalidInput(
+                f"MultiheadAttention: last dimensions of query, key and value must be "
+                f"{(self.embed_dim, self.kdim, self.vdim)}, got {widths}"
+            )
+        if key.shape[:-1] != value.shape[:-1]:
+            raise InvalidInput(
+                f"MultiheadAttention: key and value need the same length and batch, got {list(key.shape)} and "
+                f"{list(value.shape)}"
+            )
+        batch_dim = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.shape[batch_dim] != key.shape[batch_dim]:
+            raise InvalidInput(
+                f"MultiheadAttention: query and key need the same batch, dimension {batch_dim}, got "
+                f"{list(query.shape)} and {list(key.shape)}"
+            )
+        return query.dim() == 3
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        if self.in_proj_weight is not None and query is key and key is value:
+            return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return [F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True)]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend is None else f"backend={self.backend!r}")
+
+
+class _Layout:
+    """From the caller's layout to [B, rows, E] and back."""
+
+    def __init__(self, batched: bool, batch_first: bool) -> None:
+        self.batched, self.batch_first = batched, batch_first
+
+    def _enter(self, tensor: Tensor) -> Tensor:
+        if not self.batched:
+            return tensor.unsqueeze(0)
+        return tensor if self.batch_first else tensor.transpose(0, 1)
+
+    def enter_all(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keeps "the same tensor" the same, so that self-attention can project once."""
+        q = self._enter(query)
+        k = q if key is query else self._enter(key)
+        return q, k, k if value is key else self._enter(value)
+
+    def leave(self, out: Tensor) -> Tensor:
+        if not self.batched:
+            return out.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1)
+
+
+class _Masks:
+    """``attn_mask`` and ``key_padding_mask``, in torch's module convention, checked; joined into attention's.
+
+    The module's True means "may not attend", attention's "may attend".
+    """
+
+    def __init__(self, q, k, attn_mask, key_padding_mask, heads: int, batched: bool) -> None:
+        (B, M), N = q.shape[:2], k.shape[1]
+        allowed = {"attn_mask": ((M, N), (B * heads, M, N)), "key_padding_mask": ((B, N),) if batched else ((N,),)}
+        for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise InvalidInput(f"MultiheadAttention: {name} must be bool or floating point, got {mask.dtype}")
+            if tuple(mask.shape) not in allowed[name]:
+                shapes = " or ".join(str(list(shape)) for shape in allowed[name])
+                raise InvalidInput(f"MultiheadAttention: {name} must be {shapes}, got {list(mask.shape)}")
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (B, heads))
+        self.attn_mask = attn_mask
+        self.padding = None if key_padding_mask is None else key_padding_mask.reshape(B, 1, 1, N)
+        self.dtype = q.dtype
+
+    def joined(self, extra_keys: int, without_attn_mask: bool) -> Tensor | None:
+        """One mask broadcasting to [B, H, M, N + extra_keys]; the extra keys, bias_k and zeros, are always seen."""
+        masks = [m for m in (None if without_attn_mask else self.attn_mask, self.padding) if m is not None]
+        masks = [F.pad(m, (0, extra_keys)) for m in masks]
+        if not masks:
+            return None
+        if all(m.dtype == torch.bool for m in masks):
+            return ~masks[0] if len(masks) == 1 else ~(masks[0] | masks[1])
+        return sum(self._additive(m) for m in masks)
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        if mask.dtype != torch.bool:
+            return mask.to(self.dtype)
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(mask, float("-inf"))

@@ -1,0 +1,176 @@
+"""RNN, GRU, LSTM and their Cells, with the constructors, parameters and outputs of ``torch.nn``'s.
+
+The three sequence modules derive from ``torch.nn.RNNBase``, not from ``torch.nn.LSTM`` and its siblings: Dynamo
+refuses every instance of those. So ``isinstance(module, torch.nn.LSTM)`` is False, and all else is as it was.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import functional
+from ..backends import check_backend
+
+
+class _Recurrent(nn.RNNBase):
+    # A class-level default, so that an instance made by torch.nn and given this class works.
+    backend: str | None = None
+
+    def __init__(self, mode: str, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        if backend is not None:
+            check_backend(backend)
+        super().__init__(mode, *args, **kwargs)
+        self.backend = backend
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            # By attribute, not from a cached list: parametrizations and sharding replace the attributes.
+            "weights": [getattr(self, name) for names in self._all_weights for name in names],
+            "num_layers": self.num_layers,
+            "bias": self.bias,
+            "batch_first": self.batch_first,
+            "dropout": self.dropout,
+            "training": self.training,
+            "bidirectional": self.bidirectional,
+            "backend": self.backend,
+        }
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend is None else f", backend={self.backend!r}")
+
+
+class RNN(_Recurrent):
+    """``torch.nn.RNN`` with a choice of backend: h_t = tanh or relu of W_ih x_t + b_ih + W_hh h_{t-1} + b_hh.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.RNN`` (input_size, hidden_size, num_layers=1, nonlinearity="tanh",
+            bias=True, batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None).
+        backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
+    """
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, backend=backend, **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """y and h_n; see ``seqcore.functional.rnn`` for shapes, ``lengths``, ``reset`` and errors."""
+        nonlinearity = self.mode.removeprefix("RNN_").lower()
+        return functional.rnn(
+            input, hx, nonlinearity=nonlinearity, lengths=lengths, reset=reset, **self._options()
+        )
+
+
+class GRU(_Recurrent):
+    """``torch.nn.GRU`` with a choice of backend: h_t = (1 - z) n + z h_{t-1}, reset applied after the product.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.GRU`` (input_size, hidden_size, num_layers=1, bias=True,
+            batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None).
+        backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
+    """
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, backend=backend, **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """y and h_n; see ``seqcore.functional.gru`` for shapes, ``lengths``, ``reset`` and errors."""
+        return functional.gru(input, hx, lengths=lengths, reset=reset, **self._options())
+
+
+class LSTM(_Recurrent):
+    """``torch.nn.LSTM`` with a choice of backend: c_t = f c_{t-1} + i g, h_t = o tanh(c_t), projected if asked.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.LSTM`` (input_size, hidden_size, num_layers=1, bias=True,
+            batch_first=False, dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None).
+        backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+    """
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, backend=backend, **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """y and (h_n, c_n); see ``seqcore.functional.lstm`` for shapes, ``lengths``, ``reset`` and errors."""
+        return functional.lstm(input, hx, lengths=lengths, reset=reset, **self._options())
+
+
+class _Backend:
+    """The ``backend`` option of the Cells, whose constructors are otherwise torch's."""
+
+    backend: str | None = None
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        if backend is not None:
+            check_backend(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend is None else f", backend={self.backend!r}")
+
+
+class RNNCell(_Backend, nn.RNNCell):
+    """``torch.nn.RNNCell`` with a choice of backend. Source: torch's page of the same name."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next h; input [B, I] or [I], hx [B, H] or [H]."""
+        return functional.rnn_cell(
+            input, hx, *self._weights(), nonlinearity=self.nonlinearity, backend=self.backend
+        )
+
+
+class GRUCell(_Backend, nn.GRUCell):
+    """``torch.nn.GRUCell`` with a choice of backend. Source: torch's page of the same name."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next h; input [B, I] or [I], hx [B, H] or [H]."""
+        return functional.gru_cell(input, hx, *self._weights(), backend=self.backend)
+
+
+class LSTMCell(_Backend, nn.LSTMCell):
+    """``torch.nn.LSTMCell`` with a choice of backend. Source: torch's page of the same name."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The next (h, c); input [B, I] or [I], hx a pair of [B, H] or [H]."""
+        return functional.lstm_cell(input, hx, *self._weights(), backend=self.backend)

@@ -1,0 +1,23 @@
+"""The ``torch.library`` fragment all operators are defined in, and which implementation a CPU tensor gets."""
+
+import torch
+
+from ..backends import INTERPRETED, KERNEL_DTYPES
+
+LIBRARY = torch.library.Library("seqcore", "FRAGMENT")
+
+
+def interpreted(dtype: torch.dtype) -> bool:
+    """Whether CPU tensors of ``dtype`` go through the interpreted kernels; else they take the reference's formulas.
+
+    The interpreter miscomputes bfloat16 products (triton issue 11584), and no kernel takes float64.
+    """
+    return INTERPRETED and dtype in KERNEL_DTYPES and dtype != torch.bfloat16
+
+
+def define(name: str, schema: str, implementation, fake) -> None:
+    """Register ``seqcore::name``: one implementation for CPU and CUDA tensors, and its shape-only twin."""
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"seqcore::{name}", fake, lib=LIBRARY)

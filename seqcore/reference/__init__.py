@@ -1,0 +1,1 @@
+"""Plain PyTorch: the definition of every operation, in any float dtype, differentiable any number of times."""

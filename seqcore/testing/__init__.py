@@ -1,0 +1,1 @@
+"""Tools for testing numerics: error budgets and the ahead-of-time compiler."""

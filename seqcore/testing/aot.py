@@ -1,0 +1,314 @@
+"""Compile every kernel ahead of time, for GPUs that are not here, and judge what came out.
+
+    python -m seqcore.testing.aot [--full] [--out FILE] [--jobs N] [--kernel SUBSTRING] [--target T]
+
+Triton's wheel brings the assemblers, so no GPU and no CUDA toolkit is needed. Each row of the report says what one
+kernel in one configuration takes of one target: shared memory, registers, spills, matrix instructions. The exit
+status is 1 if anything does not compile, does not fit, or spills more than its recorded budget.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from .aot_catalogue import TARGETS, Entry, Function, catalogue, covering
+
+# Most shared memory, in bytes, that one program may use.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Columns of tensor memory on sm_100.
+TENSOR_MEMORY_LIMIT = 512
+
+MATRIX_INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "mma.sync": r"\bmma\.sync",
+    "tcgen05": r"\btcgen05\.mma",
+    "mfma": r"\bv_mfma_",
+}
+
+Row = dict[str, Any]
+
+
+def gpu_target(name: str):
+    """Triton's description of a target named "sm_90" or "gfx942"."""
+    from triton.backends.compiler import GPUTarget
+
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name[3:]), 32)
+    return GPUTarget("hip", name, 64)
+
+
+def resolve(function: Function):
+    """The Triton function that ``function`` names."""
+    module, _, name = function.path.partition(":")
+    return getattr(importlib.import_module(f"seqcore.kernels.{module}"), name)
+
+
+def specialised_source(entry: Entry):
+    """``entry`` as Triton's compiler takes it, specialised as a launch with these arguments would be.
+
+    That is: tensors are aligned to 16 bytes; an integer that is 1 becomes a constant and one that divides by 16 is
+    marked so, unless the kernel forbids it.
+    """
+    from triton.compiler import ASTSource
+
+    kernel = resolve(entry.kernel)
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, aligned = parameter.name, False
+        if parameter.is_constexpr:
+            value = entry.constants[name]
+            constants[name] = resolve(value) if isinstance(value, Function) else value
+            signature[name] = "constexpr"
+            continue
+        value = entry.arguments[name]
+        if isinstance(value, str):
+            signature[name], aligned = value, True
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def blank_row(entry: Entry) -> Row:
+    """What is known of ``entry`` before it is compiled."""
+    import triton
+
+    return {
+        "kernel": entry.name,
+        "configuration": entry.configuration,
+        "target": entry.target,
+        "triton": triton.__version__,
+        "shared": None,
+        "registers": None,
+        "spills": None,
+        "budget": entry.spill_budget,
+        "mma": {},
+        "seconds": None,
+        "ok": False,
+        "error": None,
+    }
+
+
+def compile_entry(entry: Entry) -> Row:
+    """One row of the report. Whatever goes wrong is in it, under ``error``."""
+    import triton
+
+    row = blank_row(entry)
+    began = time.perf_counter()
+    try:
+        # A failing assembler prints the whole program.
+        with contextlib.redirect_stdout(io.StringIO()):
+            compiled = triton.compile(
+                specialised_source(entry),
+                target=gpu_target(entry.target),
+                options={"num_warps": entry.num_warps, "num_stages": entry.num_stages},
+            )
+        row |= resources(compiled)
+        error = violation(row)
+    except Exception as exception:
+        error = _innermost(exception)
+    return row | {"seconds": round(time.perf_counter() - began, 2), "ok": error is None, "error": error}
+
+
+def _innermost(exception: BaseException) -> str:
+    """The cause the compiler names last: the outer ones only say where it was called from."""
+    while exception.__cause__ is not None:
+        exception = exception.__cause__
+    return f"{type(exception).__name__}: {exception}".strip()
+
+
+def resources(compiled) -> Row:
+    """What a compiled kernel takes. Spills are bytes of scratch memory a thread."""
+    assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    usage = cuda_usage(compiled.asm["cubin"]) if "cubin" in compiled.asm else amd_usage(assembly)
+    return {
+        "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        **usage,
+        "mma": matrix_instructions(assembly),
+    }
+
+
+def matrix_instructions(assembly: str) -> dict[str, int]:
+    """How many of each kind of matrix instruction the program text holds, without those it has none of."""
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in MATRIX_INSTRUCTIONS.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def cuda_usage(cubin: bytes) -> dict[str, int]:
+    """Registers and spills of a cubin, by Triton's own cuobjdump."""
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return parse_cuda_usage(text)
+
+
+def parse_cuda_usage(text: str) -> dict[str, int]:
+    """Registers and spills out of ``cuobjdump --dump-resource-usage``.
+
+    Kernels keep no arrays of their own in local memory, so a thread's stack frame is its spilled registers.
+    """
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump reports no resource usage: {text!r}")
+    return {"registers": int(found[1]), "spills": int(found[2])}
+
+
+def amd_usage(amdgcn: str) -> dict[str, int]:
+    """Registers and spills out of the metadata that ends an AMD program.
+
+    Vector registers spill to private memory. Scalar ones spill to lanes of vector registers, which costs no memory:
+    they are told apart and have no budget.
+    """
+
+    def metadata(key: str) -> int:
+        found = re.search(rf"^\s*-?\s*\.{key}:\s*(\d+)\s*$", amdgcn, re.MULTILINE)
+        if found is None:
+            raise ValueError(f"the program's metadata lacks .{key}")
+        return int(found[1])
+
+    return {
+        "registers": metadata("vgpr_count"),
+        "spills": metadata("private_segment_fixed_size"),
+        "scalar_spills": metadata("sgpr_spill_count"),
+    }
+
+
+def violation(row: Row) -> str | None:
+    """What is wrong with a kernel that did compile, or None."""
+    limit = SHARED_LIMIT[row["target"]]
+    if row["shared"] > limit:
+        return f"takes {row['shared']} bytes of shared memory; {row['target']} allows {limit}"
+    if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+        return f"takes {row['tensor_memory']} columns of tensor memory; there are {TENSOR_MEMORY_LIMIT}"
+    if row["spills"] > row["budget"]:
+        return f"spills {row['spills']} bytes a thread; its recorded budget is {row['budget']}"
+    return None
+
+
+def compile_all(entries: list[Entry], jobs: int) -> Iterator[Row]:
+    """Rows of ``entries`` as they are done.
+
+    A compiler that crashes takes its process with it, and the pool: what was left is then compiled one to a
+    process, so that the culprit is named and nothing else is lost.
+    """
+    context = multiprocessing.get_context("spawn")
+    left = dict(enumerate(entries))
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = {pool.submit(compile_entry, entry): index for index, entry in left.items()}
+        for future in as_completed(futures):
+            if not isinstance(future.exception(), BrokenProcessPool):
+                del left[futures[future]]
+                yield future.result()
+    for entry in left.values():
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            try:
+                row = pool.submit(compile_entry, entry).result()
+            except BrokenProcessPool:
+                row = blank_row(entry) | {"error": "the compiler crashed"}
+        yield row
+
+
+# --- command line --------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> str:
+    """``rows`` for a terminal, failures with their reasons last."""
+    columns = ("kernel", "configuration", "target", "shared", "regs", "spills", "budget", "matrix", "s", "")
+    lines = [columns]
+    for row in rows:
+        matrix = " ".join(f"{count} {name}" for name, count in row["mma"].items())
+        values = (row["kernel"], row["configuration"], row["target"], row["shared"], row["registers"], row["spills"],
+                  row["budget"], matrix, row["seconds"], "ok" if row["ok"] else "FAILED")  # fmt: skip
+        lines.append(tuple("-" if value is None else str(value) for value in values))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numeric = [name in ("shared", "regs", "spills", "budget", "s") for name in columns]
+    text = [
+        "  ".join(
+            value.rjust(width) if right else value.ljust(width)
+            for value, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    failed = [row for row in rows if not row["ok"]]
+    text += [f"\n{row['kernel']} {row['configuration']} {row['target']}:\n  {row['error']}" for row in failed]
+    return "\n".join(text)
+
+
+def show_progress(done: int, total: int, row: Row) -> None:
+    """One line that is drawn over on a terminal, one line a row elsewhere."""
+    name = f"{row['kernel']} {row['configuration']} {row['target']}"
+    if not sys.stderr.isatty():
+        print(f"[{done}/{total}] {name} {'ok' if row['ok'] else 'FAILED'}", file=sys.stderr, flush=True)
+        return
+    bar = "#" * (20 * done // total)
+    end = "\n" if done == total else ""
+    print(f"\r\033[K[{bar:<20}] {done}/{total} {name[:60]}", end=end, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table, write the rows; 1 if any of them failed."""
+    parser = argparse.ArgumentParser(prog="python -m seqcore.testing.aot", description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="every configuration, not only a covering subset")
+    parser.add_argument("--out", type=Path, default=Path("build/aot.json"), help="where the rows go, as JSON")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes to compile in")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--target", choices=TARGETS, help="only this target")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no", "n"):
+        parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
+
+    entries = [
+        entry for entry in catalogue() if options.kernel in entry.name and options.target in (None, entry.target)
+    ]
+    if not entries:
+        parser.error(f"no kernel is called *{options.kernel}*")
+    if not options.full:
+        entries = covering(entries)
+
+    began = time.perf_counter()
+    rows = []
+    for row in compile_all(entries, max(1, options.jobs)):
+        rows.append(row)
+        show_progress(len(rows), len(entries), row)
+    rows.sort(key=lambda row: (row["kernel"], row["target"], row["configuration"]))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+    print(table(rows))
+    failures = sum(not row["ok"] for row in rows)
+    seconds = time.perf_counter() - began
+    print(
+        f"\n{len(rows)} compiled for {len({row['target'] for row in rows})} targets in {seconds:.0f} s, "
+        f"{failures} failed; rows in {options.out}"
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Which tests run where, and what every test may ask for.
+
+A test marked ``kernels`` launches Triton kernels: it runs on a GPU, and on a CPU in a process of its own with
+TRITON_INTERPRET=1. All other tests run in the ordinary process; the interpreter cannot share one with some of them.
+"""
+
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+from seqcore.backends import INTERPRETED
+
+HAS_GPU = torch.cuda.is_available() and not INTERPRETED
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "kernels: launches Triton kernels, on a GPU or interpreted")
+
+
+def pytest_collection_modifyitems(config, items):
+    def runs_here(item):
+        return (INTERPRETED or HAS_GPU) if item.get_closest_marker("kernels") else not INTERPRETED
+
+    chosen = [item for item in items if runs_here(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
+    items[:] = chosen
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where this process's kernels run: the GPU, or the CPU when interpreted."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(request):
+    """Fill what ``torch.empty`` returns with NaN in kernel tests, so that an element nobody wrote is seen."""
+    if not request.node.get_closest_marker("kernels"):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def kernel_dtype(request) -> torch.dtype:
+    """Each dtype the kernels take here; Triton's interpreter miscomputes bfloat16 products."""
+    if INTERPRETED and request.param == torch.bfloat16:
+        pytest.skip("Triton's interpreter miscomputes bfloat16 products (triton issue 11584)")
+    return request.param
