@@ -1,0 +1,68 @@
+"""What this machine offers: versions, device, and what each backend can do here and why not."""
+
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__, backends
+
+
+def gather() -> dict[str, Any]:
+    """Versions, the device the kernels would run on, and for each operation and dtype who can serve it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    described = backends.describe(device)
+    return {
+        "seqcore": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "arch": described.arch,
+        "multiprocessors": described.multiprocessors if device.type == "cuda" else None,
+        "shared_memory_bytes": described.shared_memory if device.type == "cuda" else None,
+        "tuned_table": backends.tuning.is_measured(described.arch),
+        "interpreter": backends.INTERPRETED,
+        "default_backend": backends.resolve(None),
+        "backends": [_backends(described, family, operation) for family, operation in OPERATIONS],
+    }
+
+
+OPERATIONS = (("recurrence", "rnn_tanh"), ("recurrence", "gru"), ("recurrence", "lstm"), ("attention", "attention"))
+
+
+def _backends(device: backends.Device, family: str, operation: str) -> dict[str, Any]:
+    request = backends.Request(family, operation, device, torch.float32)
+    served = {
+        "triton": {"can": not backends.why_not_triton(request), "why_not": backends.why_not_triton(request)},
+        "aten": {"can": True, "why_not": []},
+        "reference": {"can": True, "why_not": []},
+    }
+    lacking = {
+        "triton": sorted(backends.ATEN_FEATURES[family] - backends.TRITON_FEATURES[family]),
+        "aten": sorted(backends.TRITON_FEATURES[family] - backends.ATEN_FEATURES[family]),
+    }
+    return {"operation": operation, "auto": backends.choose(request, "auto"), **served, "lacking": lacking}
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def render(info: dict[str, Any]) -> str:
+    """``gather()``'s dictionary as text."""
+    lines = [f"{name:<20} {value}" for name, value in info.items() if name != "backends"]
+    for entry in info["backends"]:
+        lines += ["", f"{entry['operation']}: auto takes {entry['auto']}"]
+        for name in ("triton", "aten", "reference"):
+            state = "yes" if entry[name]["can"] else "no: " + "; ".join(entry[name]["why_not"])
+            lacking = entry["lacking"].get(name)
+            lines.append(f"  {name:<10} {state}" + (f" (without {', '.join(lacking)})" if lacking else ""))
+    return "\n".join(lines)
