@@ -15,5 +15,5 @@ setup(
     license="BSD-3-Clause",
     packages=library + kernels,
     package_dir={"seqcore": "seqcore", "seqcore.kernels": "kernels"},
-    package_data={"seqcore": ["py.typed"], "seqcore.kernels": ["tuned/*.json"]},
+    package_data={"seqcore": ["py.typed", "testing/*.json"], "seqcore.kernels": ["tuned/*.json"]},
 )

@@ -10,6 +10,7 @@ from benchmarks.environment import ROOT
 from benchmarks.progress import Progress
 from benchmarks.report import print_summary, write_report
 from benchmarks.shapes import SIZES, choose_sizes
+from benchmarks.text import load_corpus
 
 SUITES = ("bottleneck", "models")
 
@@ -23,11 +24,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-plots", action="store_true", help="tables and words only")
     options = parser.parse_args(arguments)
 
+    sizes = choose_sizes(options.sizes)
+    if options.text:
+        try:
+            load_corpus(options.text, sizes.models.text_bytes)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+
     options.out.mkdir(parents=True, exist_ok=True)
     data = options.out / "bench.json"
     # An old file must not be taken for the result of a run that failed to write one.
     data.unlink(missing_ok=True)
-    print(f"Measuring at the sizes {choose_sizes(options.sizes).name!r}.", flush=True)
+    print(f"Measuring at the sizes {sizes.name!r}.", flush=True)
     progress = Progress()
     status = pytest.main(
         [
@@ -37,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             "-pno:terminal",
             "--override-ini=addopts=--import-mode=importlib",
             f"--sizes={options.sizes}",
+            "-Wdefault",
             "--benchmark-quiet",
             f"--benchmark-json={data}",
             *([f"--text={options.text}"] if options.text else []),

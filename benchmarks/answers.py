@@ -1,6 +1,7 @@
 """The project's questions, answered in words from the rows alone."""
 
-from benchmarks.fits import Crossover, batch_to_fill, find_crossover, fit_power
+from benchmarks.environment import BUSY_CORES
+from benchmarks.fits import Crossover, Fit, batch_to_fill, find_crossover, fit_power
 from benchmarks.rows import Results, Row
 from benchmarks.shapes import PASSES, RECURRENCES
 
@@ -21,8 +22,19 @@ def caveat(results: Results) -> str | None:
         return None
     return (
         "**Measured on a CPU. These numbers do not speak for a GPU.** A CPU does few things at once, so a recurrence "
-        "leaves little of it idle; a GPU does many thousands at once, and there a chain of dependent steps costs "
-        "far more beside attention. The questions are the same on both, the answers are not."
+        "leaves little of it idle; a GPU does thousands at once. The questions are the same on both, the answers "
+        "need not be."
+    )
+
+
+def busy(results: Results) -> str | None:
+    """Whether other programs were running as the run began."""
+    busy_cores = results.machine.get("busy_cores_at_start")
+    if busy_cores is None or busy_cores <= BUSY_CORES:
+        return None
+    return (
+        f"**The machine was busy** as the run began: other programs took {busy_cores:.1f} of its "
+        f"{results.machine['cores']} cores, so these times are too long, and uncertain. Measure again on a quiet one."
     )
 
 
@@ -44,13 +56,22 @@ def slope_sentences(results: Results, sweep: str) -> list[str]:
         found = [line for line in slopes(results, sweep) if line["pass"] == pass_]
         rows = results.select(suite="bottleneck", sweep=sweep, pass_=pass_)
         if found:
-            fits = ", ".join(f"{NAMES[line['op']]} T^{line['fit'].slope:.2f}" for line in found)
-            fit = found[0]["fit"]
+            widest = max((line["fit"] for line in found), key=lambda fit: fit.last)
             sentences.append(
-                f"{PASS_NAMES[pass_].capitalize()}, {sweep_name(rows)}: time grows as {fits} "
-                f"(fitted over {fit.points} lengths from {fit.first:,} to {fit.last:,})."
+                f"{PASS_NAMES[pass_].capitalize()}, {sweep_name(rows)}, {_fitted(widest)}: time grows as "
+                f"{', '.join(_power(line, widest) for line in found)}."
             )
     return sentences
+
+
+def _power(line: dict, widest: Fit) -> str:
+    fit = line["fit"]
+    same = _fitted(fit) == _fitted(widest)
+    return f"{NAMES[line['op']]} T^{fit.slope:.2f}" + ("" if same else f" ({_fitted(fit)})")
+
+
+def _fitted(fit: Fit) -> str:
+    return f"fitted over {fit.points} lengths from {fit.first:,} to {fit.last:,}"
 
 
 def crossover(results: Results, sweep: str, pass_: str, op: str) -> Crossover | None:
@@ -87,7 +108,7 @@ def _clause(found: Crossover, other: str) -> str:
         "never": f"is dearer than {other} at every T measured",
         "unclear": f"and {other} have no single crossover",
     }[found.verdict]
-    return f"{verdict} ({found.at_last:.2g} × its time at T = {found.last:,})"
+    return f"{verdict} (at T = {found.last:,} it takes {found.at_last:.2g} times as long)"
 
 
 def _two_digits(value: float) -> str:
@@ -122,7 +143,7 @@ def step_sentences(results: Results) -> list[str]:
         for T in dict.fromkeys((*lengths[len(lengths) // 2 :][:1], *lengths[-1:])):
             parts = [
                 f"{NAMES[row.op]} {row.ms:,.1f} ms, {row.ms * 1e3 / T:,.1f} µs a step, "
-                f"{row.ms / attention[T].ms:.2f} × attention"
+                f"{row.ms / attention[T].ms:.2g} times attention"
                 for op in RECURRENCES
                 for row in results.select(suite="bottleneck", sweep="batch_fixed", pass_=pass_, op=op)
                 if row.T == T

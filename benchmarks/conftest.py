@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import BUSY_CORES, busy_cores, environment
+from benchmarks.rows import add_roofs
 from benchmarks.shapes import SIZES, Sizes, choose_sizes
-from benchmarks.timing import Roofs, Stopwatch, measure_roofs
+from benchmarks.timing import RoofMeter, Stopwatch
 
 MARKS = {
     "bottleneck": "layer against layer: what stepping through time costs",
@@ -15,6 +17,9 @@ MARKS = {
     "forward": "inference",
     "training": "forward and backward",
 }
+NOT_MEASURED = pytest.StashKey[list]()
+METER = pytest.StashKey[RoofMeter]()
+BUSY = pytest.StashKey[float | None]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,10 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for mark, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{mark}: {meaning}")
+    # In tests a warning is an error; a measurement of minutes on a new machine should not die of one.
+    config.addinivalue_line("filterwarnings", "default")
     config.stash[NOT_MEASURED] = []
-
-
-NOT_MEASURED = pytest.StashKey[list]()
+    config.stash[BUSY] = None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -55,9 +60,13 @@ def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
     sizes = config_sizes(config)
+    for benchmark in output_json["benchmarks"]:
+        # A case that was timed and failed afterwards has no row.
+        if "flops" in benchmark["extra_info"]:
+            add_roofs(benchmark["extra_info"], config.stash[METER].roofs)
     output_json["seqcore"] = {
         "sizes": sizes.name,
-        "machine": environment(sizes.device),
+        "machine": {**environment(sizes.device), "busy_cores_at_start": config.stash[BUSY]},
         "not_measured": config.stash[NOT_MEASURED],
     }
 
@@ -71,15 +80,35 @@ def sizes(request: pytest.FixtureRequest) -> Sizes:
     return config_sizes(request.config)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_if_busy(request: pytest.FixtureRequest, sizes: Sizes) -> None:
+    """On a CPU that others use, take one thread.
+
+    Several threads wait for each other at the end of each small product; if one of them has lost its core, all wait
+    for the scheduler, and a recurrence takes a hundred times as long as it should.
+    """
+    busy = request.config.stash[BUSY] = busy_cores()
+    if sizes.device == "cpu" and busy is not None and busy > BUSY_CORES:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def stopwatch(sizes: Sizes) -> Stopwatch:
     return Stopwatch(sizes.device)
 
 
 @pytest.fixture(scope="session")
-def roofs(sizes: Sizes, stopwatch: Stopwatch) -> Roofs:
+def meter(request: pytest.FixtureRequest, sizes: Sizes, stopwatch: Stopwatch, _one_thread_if_busy: None) -> RoofMeter:
     """This machine's limits, measured in the same process as everything that is compared with them."""
-    return measure_roofs(stopwatch, sizes.device, sizes.dtype, sizes.peak_side, sizes.copy_bytes)
+    meter = RoofMeter(stopwatch, sizes.device, sizes.dtype, sizes.peak_side, sizes.copy_bytes)
+    meter.sample(10)
+    request.config.stash[METER] = meter
+    return meter
+
+
+@pytest.fixture(autouse=True)
+def _sample_roofs(meter: RoofMeter) -> None:
+    meter.sample(1)
 
 
 @pytest.fixture(scope="session")
@@ -89,12 +118,13 @@ def describe(sizes: Sizes) -> Callable[[], dict]:
 
 
 @pytest.fixture(scope="session")
-def in_time(sizes: Sizes) -> Callable[[], None]:
-    """Skip the rest of the bottleneck suite once its time is spent."""
+def in_time(sizes: Sizes) -> Callable[[str], None]:
+    """Skip the rest of a sweep once its share of the suite's time is spent."""
     begin = time.monotonic()
 
-    def check() -> None:
-        if time.monotonic() - begin > sizes.suite_seconds:
-            pytest.skip(f"out of time: the suite's {sizes.suite_seconds} s are spent")
+    def check(sweep: str) -> None:
+        limit = sizes.sweep_ends(sweep)
+        if time.monotonic() - begin > limit:
+            pytest.skip(f"out of time: the {limit:g} s up to the end of this sweep are spent")
 
     return check

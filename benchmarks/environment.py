@@ -6,18 +6,42 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Kept busy by others, from which on times are not to be trusted.
+BUSY_CORES = 0.3
 SOURCES = ("kernels", "seqcore", "benchmarks", "tests", "setup.py", "pyproject.toml")
 
 
 def environment(device: str) -> dict:
     """Machine, versions, commit and kernel sources, each under its own key; None where there is no such thing."""
     return {**_fixed(device), "clocks": clocks(device)}
+
+
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """How many cores other programs keep busy just now, while this one waits; None where nothing tells."""
+    before = _processor_ticks()
+    time.sleep(seconds)
+    after = _processor_ticks()
+    if before is None or after is None or after[0] == before[0]:
+        return None
+    idle = (after[1] - before[1]) / (after[0] - before[0])
+    return (1 - idle) * (os.cpu_count() or 1)
+
+
+def _processor_ticks() -> tuple[int, int] | None:
+    """Of all cores since the machine started: all ticks, and the idle ones."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    # user nice system idle iowait irq softirq steal; what follows is counted in user already.
+    ticks = [int(value) for value in path.read_text().split("\n", 1)[0].split()[1:9]]
+    return sum(ticks), ticks[3] + ticks[4]
 
 
 @functools.cache
@@ -42,20 +66,20 @@ def _fixed(device: str) -> dict:
 def clocks(device: str) -> dict | None:
     """Clocks in MHz at this moment; None where the machine does not tell."""
     if device == "cuda":
-        answer = nvidia_smi("clocks.sm,clocks.mem")
-        if answer is None:
-            return None
-        sm, memory = (part.strip().removesuffix(" MHz") for part in answer.split(","))
-        return {"sm_mhz": float(sm), "memory_mhz": float(memory)}
+        names = ("sm_mhz", "memory_mhz")
+        answers = (nvidia_smi("clocks.sm,clocks.mem") or "").split(",")
+        # A GPU may answer "[N/A]".
+        known = {name: int(text) for name, text in zip(names, answers, strict=False) if text.strip().isdigit()}
+        return known or None
     found = [float(value) for value in _cpu_lines("cpu MHz")]
     return {"cpu_mhz": max(found)} if found else None
 
 
 def nvidia_smi(query: str) -> str | None:
-    """One line of what nvidia-smi says about the current GPU."""
+    """What nvidia-smi says about the first GPU."""
     if shutil.which("nvidia-smi") is None:
         return None
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:

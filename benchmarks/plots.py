@@ -1,7 +1,6 @@
 """Plots of a run, each as PNG and SVG. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.answers import NAMES, PASS_NAMES, sweep_name
+from benchmarks.answers import NAMES, sweep_name
 from benchmarks.layers import TORCH
 from benchmarks.rows import OURS, Results, Row
 from benchmarks.shapes import OPS, PASSES
@@ -39,7 +38,10 @@ LOOK = {
     "svg.fonttype": "none",
     "savefig.dpi": 160,
 }
+LINE_POINTS = 13
 Value = Callable[[Row], float]
+# Where a line ends, its name and its colour.
+End = tuple[float, float, str, str]
 
 
 def draw_all(results: Results, out: Path) -> list[Path]:
@@ -65,7 +67,8 @@ def draw_all(results: Results, out: Path) -> list[Path]:
 
 def machine_name(results: Results) -> str:
     machine, first = results.machine, results.rows[0].info
-    name = machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('threads')} threads"
+    threads = machine.get("threads")
+    name = machine.get("gpu") or f"{machine.get('cpu')}, {threads} thread{'' if threads == 1 else 's'}"
     return f"{name} · {first['dtype']} · torch {machine.get('torch')}"
 
 
@@ -119,24 +122,36 @@ def _panels(
     if not any(cells.values()):
         return None
     figure, axes = plt.subplots(
-        len(sweeps), 2, figsize=(11, 0.6 + 3.9 * len(sweeps)), squeeze=False, layout="constrained", sharey=True
+        len(sweeps),
+        2,
+        figsize=(11, 0.6 + 3.9 * len(sweeps)),
+        squeeze=False,
+        layout="constrained",
+        sharex="row",
+        sharey=True,
     )
+    ends = []
     for i, sweep in enumerate(sweeps):
         for j, pass_ in enumerate(PASSES):
             ax, rows = axes[i, j], cells[sweep, pass_]
             if rows:
-                _curves(ax, rows, x, y)
+                ends.append((ax, _curves(ax, rows, x, y)))
                 held = f"T = {rows[0].T:,}" if sweep == "batch_sweep" else sweep_name(rows)
-                ax.set_title(f"{PASS_NAMES[pass_].capitalize()}, {held}, H = {rows[0].info['shape']['H']:,}")
+                ax.set_title(f"{pass_.capitalize()}, {held}, H = {rows[0].info['shape']['H']:,}")
             ax.set_xlabel(x_label)
             ax.set_ylabel(y_label)
             ax.yaxis.set_tick_params(labelleft=True)
+    # Only now: the panels share one vertical axis, and every panel may have stretched it.
+    for ax, names in ends:
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0), numticks=12))
+        _name_ends(ax, names)
     _caption(figure, results, title)
     return figure
 
 
-def _curves(ax: Axes, rows: list[Row], x: Value, y: Value) -> None:
-    """One line for each layer, named at its end; log-log, with every measured x marked."""
+def _curves(ax: Axes, rows: list[Row], x: Value, y: Value) -> list[End]:
+    """One line for each layer, log-log, with every measured x marked; where each ends, and its name."""
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ends = []
@@ -149,38 +164,45 @@ def _curves(ax: Axes, rows: list[Row], x: Value, y: Value) -> None:
     places = sorted({x(row) for row in rows})
     ax.set_xticks(places, [f"{place:,.0f}" for place in places], rotation=45 if len(places) > 8 else 0)
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_locator(LogLocator(numticks=12))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-    _name_ends(ax, ends, max(places))
+    return ends
 
 
-def _name_ends(ax: Axes, ends: Iterable[tuple[float, float, str, str]], x: float) -> None:
-    """Write each line's name to the right of its end, moved apart where they would overlap."""
-    figure_height = ax.figure.get_size_inches()[1] * ax.get_subplotspec().get_position(ax.figure).height
-    low, high = (math.log(value) for value in ax.get_ylim())
-    gap = (high - low) * 0.19 / figure_height
-    heights = []
-    ends = sorted(ends, key=lambda end: end[1])
-    for _, y, _, _ in ends:
-        heights.append(max(math.log(y), heights[-1] + gap) if heights else math.log(y))
-    # Labels are pushed up one by one; half of the push is given back to all, so that they stay around their lines.
-    shift = sum(height - math.log(end[1]) for height, end in zip(heights, ends, strict=True)) / max(len(ends), 1)
-    for height, (_, _, name, color) in zip(heights, ends, strict=True):
-        ax.annotate(
-            name,
-            (x, math.exp(height - shift)),
-            xytext=(8, 0),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            fontweight="bold",
-            annotation_clip=False,
-        )
+def _name_ends(ax: Axes, ends: list[End]) -> None:
+    """Write each line's name at its end, moved up or down where names would overlap."""
+    ax.figure.canvas.draw()
+    points_of_pixel = 72 / ax.figure.dpi
+    heights = [ax.transData.transform(end[:2])[1] * points_of_pixel for end in ends]
+    for group in _groups(ends):
+        placed = _spread(sorted(heights[i] for i in group))
+        for i, height in zip(sorted(group, key=heights.__getitem__), placed, strict=True):
+            x, y, name, color = ends[i]
+            label = ax.annotate(name, (x, y), (8, height - heights[i]), textcoords="offset points", va="center")
+            label.set(color=color, fontweight="bold", annotation_clip=False)
+
+
+def _groups(ends: list[End]) -> list[list[int]]:
+    """Indices of the lines that end near the same x, where their names may overlap."""
+    groups: dict[float, list[int]] = {}
+    last = max(end[0] for end in ends)
+    for i, end in enumerate(ends):
+        groups.setdefault(last if end[0] > 0.7 * last else end[0], []).append(i)
+    return list(groups.values())
+
+
+def _spread(heights: list[float]) -> list[float]:
+    """The same heights, in points, moved as little as it takes to be a line of text apart."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + LINE_POINTS) if placed else height)
+    # All were pushed up; half of the largest push is taken back from those that touch.
+    push = max((after - before for before, after in zip(heights, placed, strict=True)), default=0.0)
+    return [height - push / 2 if push else height for height in placed]
 
 
 def loss_over_time(results: Results) -> Figure | None:
-    """Loss over the seconds of training: held out as lines, in training as points; torch.nn dashed."""
+    """Held-out loss over the seconds of training; ours solid with marks, torch.nn dashed."""
     rows = results.select(suite="models")
     if not rows:
         return None
@@ -188,27 +210,19 @@ def loss_over_time(results: Results) -> Figure | None:
     ends = []
     for row in rows:
         color, marker = STYLES[row.op]
-        curves = row.info["curves"]
-        for name, dashes in ((OURS, "-"), (TORCH, (0, (3, 2)))):
-            seconds, losses = zip(*((point["wall_s"], point["loss"]) for point in curves[name]["held_out"]), strict=True)
-            ours = name == OURS
-            ax.plot(
-                seconds,
-                losses,
-                color=color,
-                linestyle=dashes,
-                linewidth=2 if ours else 1.2,
-                marker=marker if ours else None,
-                markersize=4,
-            )
-            if ours:
-                ends.append((seconds[-1], losses[-1], NAMES[row.op], color))
+        for name, style in (
+            (TORCH, {"linestyle": "--", "linewidth": 1.2}),
+            (OURS, {"marker": marker, "markersize": 4}),
+        ):
+            points = row.info["curves"][name]["held_out"]
+            seconds, losses = [point["wall_s"] for point in points], [point["loss"] for point in points]
+            ax.plot(seconds, losses, color=color, **style)
+        ends.append((seconds[-1], losses[-1], NAMES[row.op], color))
     ax.set_xlabel("seconds of training (evaluation not counted)")
     ax.set_ylabel("held-out loss (nats a character)")
-    ax.set_title(f"{OURS} solid with marks, {TORCH} dashed · {rows[0].info['text']}")
-    for x, y, name, color in ends:
-        ax.annotate(name, (x, y), xytext=(8, 0), textcoords="offset points", color=color, va="center", fontweight="bold")
-    _caption(figure, results, "Loss over time, models of about equal size")
+    ax.set_title(f"{OURS} solid with marks, {TORCH} dashed")
+    _name_ends(ax, ends)
+    _caption(figure, results, f"Loss over time, models of about equal size, on {rows[0].info['text']}")
     return figure
 
 

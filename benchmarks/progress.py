@@ -27,7 +27,7 @@ class Progress:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self._fail(report.nodeid or "collection", report.longreprtext)
+            self._fail(report.nodeid or "collection", report)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.begin = time.monotonic()
@@ -36,7 +36,7 @@ class Progress:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self._fail(report.nodeid, report.longreprtext)
+            self._fail(report.nodeid, report)
         if report.when != "teardown":
             self.outcome = report.outcome
 
@@ -52,9 +52,11 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def _fail(self, name: str, text: str) -> None:
+    def _fail(self, name: str, report: pytest.TestReport | pytest.CollectReport) -> None:
         self.failures.append(name)
-        (print if self.bar is None else self.bar.write)(f"FAILED {name}\n{text}")
+        # Where and what; the whole traceback is for `pytest benchmarks`.
+        where = getattr(report.longrepr, "reprcrash", None) or report.longreprtext
+        (print if self.bar is None else self.bar.write)(f"FAILED {name}\n{where}")
 
 
 def _short(nodeid: str) -> str:

@@ -22,7 +22,8 @@ def table(header: list[str], lines: Iterable[list[str]]) -> str:
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 
     def row(line: list[str]) -> str:
-        padded = (text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths)))
+        first, *others = zip(line, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
         return f"| {' | '.join(padded)} |"
 
     return "\n".join([row(header), row(rule), *(row(line) for line in cells[1:])])
@@ -30,7 +31,7 @@ def table(header: list[str], lines: Iterable[list[str]]) -> str:
 
 def bytes_text(count: int | None) -> str:
     if count is None:
-        return "–"
+        return "-"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
@@ -49,21 +50,21 @@ def times_table(results: Results, sweep: str, pass_: str) -> str:
         line = [f"{T:,}", f"{B:,}"]
         for op in ops:
             row = found.get((op, T, B))
-            line += [number(row.ms), f"{row.times[TORCH] / row.times[OURS]:.2f}"] if row else ["–", "–"]
+            line += [number(row.ms), f"{row.times[TORCH] / row.times[OURS]:.2f}"] if row else ["-", "-"]
         lines.append(line)
     return table(["T", "B", *(cell for op in ops for cell in (f"{NAMES[op]} ms", "ratio"))], lines)
 
 
 def detail_table(rows: list[Row]) -> str:
     peers = list(dict.fromkeys(name for row in rows for name in row.info["peers"]))
-    header = ["layer", "T", "B", f"{OURS} ms", "p20–p80", *(f"{name} ms" for name in peers), "ratio", "tokens/s"]
-    header += ["µs/step", "TFLOP/s", "% of peak", "× floor", "memory", "dependent steps"]
+    header = ["layer", "T", "B", f"{OURS} ms", "p20 to p80", *(f"{name} ms" for name in peers), "ratio", "tokens/s"]
+    header += ["µs/step", "TFLOP/s", "% of peak", "times floor", "memory", "dependent steps"]
     lines = []
     for row in rows:
         info = row.info
         line = [NAMES[row.op], f"{row.T:,}", f"{row.B:,}", number(info["ms_p50"])]
-        line.append(f"{number(info['ms_p20'])}–{number(info['ms_p80'])}")
-        line += [number(info["peers"][name]) if name in info["peers"] else "–" for name in peers]
+        line.append(f"{number(info['ms_p20'])} to {number(info['ms_p80'])}")
+        line += [number(info["peers"][name]) if name in info["peers"] else "-" for name in peers]
         line += [f"{info['ratio']:.2f}", number(info["tokens_per_s"]), number(info["us_per_step"])]
         line += [number(info["tflops"]), number(info["percent_of_peak"]), number(info["ms_p50"] / info["floor_ms"])]
         line += [bytes_text(info["memory_bytes"]), f"{info['dependent_steps']:,}"]
@@ -74,7 +75,7 @@ def detail_table(rows: list[Row]) -> str:
 def slope_table(results: Results, sweep: str) -> str:
     lines = [
         [NAMES[line["op"]], line["pass"], f"{fit.slope:.2f}", f"{fit.r_squared:.3f}", f"{fit.points}"]
-        + [f"{fit.first:,}–{fit.last:,}"]
+        + [f"{fit.first:,} to {fit.last:,}"]
         for line in answers.slopes(results, sweep)
         for fit in [line["fit"]]
     ]
@@ -111,7 +112,7 @@ def machine_lines(results: Results) -> list[str]:
 def report(results: Results, plots: list[Path]) -> str:
     """All of report.md."""
     sweeps = results.values("sweep", SWEEPS)
-    parts = ["# What stepping through time costs", *filter(None, [answers.caveat(results)])]
+    parts = ["# What stepping through time costs", *filter(None, [answers.caveat(results), answers.busy(results)])]
     parts += ["\n".join(machine_lines(results)), "## Answers"]
     for title, sentences in (
         ("How time grows with length", [s for sweep in sweeps for s in answers.slope_sentences(results, sweep)]),
@@ -145,7 +146,7 @@ def report(results: Results, plots: list[Path]) -> str:
 READING = f"""\
 Times are medians of interleaved rounds. Slopes, crossovers and plots take, for each layer and size, whoever is \
 fastest on this machine; the tables show {OURS} and its peers apart. *ratio* is the best peer's time over {OURS}'s: \
-above 1, {OURS} is faster. *× floor* is the time over the least this machine could take for the same products and \
+above 1, {OURS} is faster. *times floor* is the time over the least this machine could take for the same products and \
 bytes. *memory* is what one pass needs beyond weights, input and output's gradient: on a GPU the peak allocated, on a \
 CPU what autograd saves for backward. *dependent steps* is the longest chain of operations of which each needs the one \
 before. Before its time counted, every layer was compared with float64, over at least its first steps, and lay within \
@@ -175,7 +176,8 @@ def print_summary(results: Results, written: list[Path]) -> None:
         for pass_ in PASSES:
             rows = results.select(suite="bottleneck", sweep=sweep, pass_=pass_)
             if rows:
-                print(f"\n{PASS_NAMES[pass_].capitalize()}, {answers.sweep_name(rows)}, H = {rows[0].info['shape']['H']}")
+                width = rows[0].info["shape"]["H"]
+                print(f"\n{PASS_NAMES[pass_].capitalize()}, {answers.sweep_name(rows)}, H = {width}")
                 print(times_table(results, sweep, pass_))
         for sentence in answers.slope_sentences(results, sweep) + answers.crossover_sentences(results, sweep):
             print(f"- {sentence}")
@@ -184,8 +186,8 @@ def print_summary(results: Results, written: list[Path]) -> None:
         print("\n".join(f"- {sentence}" for sentence in answers.model_sentences(results)))
     if results.not_measured:
         print(f"\n{len(results.not_measured)} not measured; report.md says which and why.")
-    if answers.caveat(results):
-        print("\nMeasured on a CPU: these numbers do not speak for a GPU.")
+    for warning in filter(None, [answers.caveat(results), answers.busy(results)]):
+        print(f"\n{warning.replace('**', '')}")
     print("\nWritten:\n" + "\n".join(f"  {path}" for path in written))
 
 

@@ -21,15 +21,12 @@ def extra_info(
     ours: Timing,
     peers: dict[str, Timing],
     work: Work,
-    roofs: Roofs,
     environment: dict,
     **more,
 ) -> dict:
-    """One row: what was measured, how fast ours and its peers were, and how near to the machine's limits."""
+    """One row: what was measured, and how fast ours and its peers were."""
     best_peer = min(peers, key=lambda name: peers[name].ms_p50)
-    floor_ms, floor_kind = roofs.floor(work.flops, work.bytes)
     tokens, seconds = shape["T"] * shape["B"], ours.ms_p50 / 1e3
-    tflops = work.flops / seconds / 1e12
     return {
         "suite": suite,
         "op": op,
@@ -42,18 +39,22 @@ def extra_info(
         "peers": {name: timing.ms_p50 for name, timing in peers.items()},
         "best_peer": best_peer,
         "ratio": peers[best_peer].ms_p50 / ours.ms_p50,
-        "floor_ms": floor_ms,
-        "floor_kind": floor_kind,
         "tokens_per_s": tokens / seconds,
         "us_per_step": ours.ms_p50 * 1e3 / shape["T"],
-        "tflops": tflops,
-        "percent_of_peak": 100 * tflops / roofs.tflops,
-        "peak_tflops": roofs.tflops,
-        "copy_gb_per_s": roofs.gigabytes_per_s,
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "tflops": work.flops / seconds / 1e12,
         "dependent_steps": work.dependent_steps,
         **more,
         **environment,
     }
+
+
+def add_roofs(info: dict, roofs: Roofs) -> None:
+    """Complete a row, once all is measured, by how near it came to the machine's limits."""
+    info["floor_ms"], info["floor_kind"] = roofs.floor(info["flops"], info["bytes"])
+    info["percent_of_peak"] = 100 * info["tflops"] / roofs.tflops
+    info["peak_tflops"], info["copy_gb_per_s"] = roofs.tflops, roofs.gigabytes_per_s
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ T is time, B batch, H the layer's width. Every layer maps [T, B, H] to [T, B, H]
 attention layer do the same job on the same data.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +11,8 @@ import torch
 RECURRENCES = ("rnn", "gru", "lstm")
 OPS = (*RECURRENCES, "attention")
 PASSES = ("forward", "training")
+# The sweeps in the order they are measured, and the share of the suite's time at which each must end.
+SWEEP_ENDS = {"batch_sweep": 0.25, "tokens_fixed": 0.5, "batch_fixed": 1.0}
 
 
 def powers_of_two(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
@@ -95,20 +96,24 @@ class Sizes:
     suite_seconds: float
     models: ModelSizes = field(repr=False)
 
-    def cases(self) -> Iterator[Case]:
-        """All cases, short ones first, so that a suite out of time has lost only its longest."""
+    def cases(self) -> list[Case]:
+        """All cases, sweep by sweep, short ones first, so that a sweep out of time has lost only its longest."""
         found = []
         for pass_ in PASSES:
+            found += [
+                self._case(op, pass_, "batch_sweep", self.fill_length, B)
+                for op in RECURRENCES
+                for B in self.fill_batches
+            ]
             for op in OPS:
+                found += [self._case(op, pass_, "tokens_fixed", T, self.tokens // T) for T in self.token_lengths]
                 found += [self._case(op, pass_, "batch_fixed", T, self.batch) for T in self.lengths]
-                found += [
-                    self._case(op, pass_, "tokens_fixed", T, self.tokens // T) for T in self.token_lengths
-                ]
-            for op in RECURRENCES:
-                found += [
-                    self._case(op, pass_, "batch_sweep", self.fill_length, B) for B in self.fill_batches
-                ]
-        return iter(sorted(found, key=lambda case: (case.T, case.B)))
+        sweeps = list(SWEEP_ENDS)
+        return sorted(found, key=lambda case: (sweeps.index(case.sweep), case.T, case.B))
+
+    def sweep_ends(self, sweep: str) -> float:
+        """Seconds after the suite's beginning by which a case of this sweep must have begun."""
+        return SWEEP_ENDS[sweep] * self.suite_seconds
 
     def _case(self, op: str, pass_: str, sweep: str, T: int, B: int) -> Case:
         return Case(op, pass_, sweep, T, B, self.width, self.heads, self.dtype)
@@ -131,10 +136,10 @@ CPU = Sizes(
     peer_limits={"reference": 128},
     check_T=128,
     check_B=8,
-    peak_side=1024,
-    copy_bytes=2**27,
-    case_seconds=0.25,
-    suite_seconds=100,
+    peak_side=768,
+    copy_bytes=2**26,
+    case_seconds=0.2,
+    suite_seconds=95,
     models=ModelSizes(
         parameters=400_000,
         layers=2,
@@ -144,7 +149,7 @@ CPU = Sizes(
         steps=120,
         evaluate_every=10,
         text_bytes=2_000_000,
-        seconds=15,
+        seconds=12,
     ),
 )
 
@@ -166,9 +171,9 @@ GPU = Sizes(
     check_T=512,
     check_B=16,
     peak_side=8192,
-    copy_bytes=2**30,
+    copy_bytes=2**28,
     case_seconds=1.0,
-    suite_seconds=330,
+    suite_seconds=260,
     models=ModelSizes(
         parameters=20_000_000,
         layers=4,
@@ -178,7 +183,7 @@ GPU = Sizes(
         steps=400,
         evaluate_every=20,
         text_bytes=20_000_000,
-        seconds=35,
+        seconds=30,
         learning_rate=1e-3,
     ),
 )
@@ -192,11 +197,11 @@ TINY = Sizes(
     width=16,
     heads=2,
     batch=2,
-    lengths=powers_of_two(8, 64),
+    lengths=powers_of_two(8, 32),
     tokens=64,
-    token_lengths=powers_of_two(8, 64, factor=4),
+    token_lengths=powers_of_two(8, 32, factor=4),
     fill_length=8,
-    fill_batches=powers_of_two(1, 4),
+    fill_batches=powers_of_two(1, 2),
     peer_limits={"reference": 8},
     check_T=16,
     check_B=2,
@@ -210,7 +215,7 @@ TINY = Sizes(
         heads=2,
         T=16,
         B=4,
-        steps=4,
+        steps=8,
         evaluate_every=2,
         text_bytes=50_000,
         seconds=2,

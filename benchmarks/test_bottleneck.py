@@ -11,7 +11,7 @@ from benchmarks.flops import work
 from benchmarks.layers import TORCH, build_layers, check, make_data, memory, passes
 from benchmarks.rows import extra_info
 from benchmarks.shapes import Case, Sizes
-from benchmarks.timing import Roofs, Stopwatch, race
+from benchmarks.timing import Stopwatch, race
 from seqcore import UnsupportedInput
 
 
@@ -29,11 +29,10 @@ def test_layer(
     case: Case,
     sizes: Sizes,
     stopwatch: Stopwatch,
-    roofs: Roofs,
     describe: Callable[[], dict],
-    in_time: Callable[[], None],
+    in_time: Callable[[str], None],
 ) -> None:
-    in_time()
+    in_time(case.sweep)
     try:
         layers = build_layers(case, sizes)
         x, dy = make_data(case, sizes.device)
@@ -41,9 +40,7 @@ def test_layer(
         checked = check(case, sizes, ours, layers[TORCH], x, dy)
         memory_bytes, memory_kind = memory(case, ours, x, dy)
         peers = {name: passes(case, layer, x, dy) for name, layer in layers.items()}
-        timing, peer_timings = race(
-            benchmark, stopwatch, passes(case, ours, x, dy), peers, sizes.case_seconds
-        )
+        timing, peer_timings = race(benchmark, stopwatch, passes(case, ours, x, dy), peers, sizes.case_seconds)
     except UnsupportedInput as error:
         pytest.skip(f"not supported: {error}")
     except torch.OutOfMemoryError:
@@ -62,7 +59,6 @@ def test_layer(
         timing,
         peer_timings,
         work(case.op, case.pass_, case.shape, x.element_size()),
-        roofs,
         describe(),
         sweep=case.sweep,
         backend=sizes.ours,

@@ -19,7 +19,7 @@ from benchmarks.models import (
 from benchmarks.rows import extra_info
 from benchmarks.shapes import Sizes
 from benchmarks.text import Corpus, load_corpus
-from benchmarks.timing import Roofs, Timing
+from benchmarks.timing import Timing
 from seqcore import UnsupportedInput
 
 
@@ -31,9 +31,7 @@ def corpus(request: pytest.FixtureRequest, sizes: Sizes) -> Corpus:
 @pytest.mark.models
 @pytest.mark.training
 @pytest.mark.parametrize("op", MODELS, ids="{}-model".format)
-def test_character_model(
-    benchmark, op: str, corpus: Corpus, sizes: Sizes, roofs: Roofs, describe: Callable[[], dict]
-) -> None:
+def test_character_model(benchmark, op: str, corpus: Corpus, sizes: Sizes, describe: Callable[[], dict]) -> None:
     shape, alphabet = sizes.models, len(corpus.alphabet)
     width = choose_width(op, alphabet, shape)
     ours, torchs = (
@@ -43,7 +41,7 @@ def test_character_model(
     ours.model.load_state_dict(torchs.model.state_dict())
     try:
         check(ours, torchs)
-        train_in_turn(benchmark, ours, torchs, shape.seconds)
+        train_in_turn(benchmark, ours, torchs)
     except UnsupportedInput as error:
         pytest.skip(f"not supported: {error}")
 
@@ -61,7 +59,6 @@ def test_character_model(
         Timing.of(ours.step_ms),
         {TORCH: Timing.of(torchs.step_ms)},
         steps,
-        roofs,
         describe(),
         backend=sizes.ours,
         text=corpus.name,

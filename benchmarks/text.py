@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 HELD_OUT = 0.1
+MIN_BYTES = 20_000
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Corpus:
         return excerpts[:-1], excerpts[1:]
 
 
-def load_corpus(path: str | None, limit: int) -> Corpus:
+def load_corpus(path: str | Path | None, limit: int) -> Corpus:
     """The text file at ``path``, or by default the standard library's own sources, up to ``limit`` bytes.
 
     Raises:
@@ -40,8 +41,8 @@ def load_corpus(path: str | None, limit: int) -> Corpus:
         text, name = _standard_library(limit)
     else:
         text, name = Path(path).read_bytes()[:limit], Path(path).name
-    if len(text) < 20_000:
-        raise ValueError(f"too little text in {name}: got {len(text)} bytes, need 20000; pass a longer file")
+    if len(text) < MIN_BYTES:
+        raise ValueError(f"too little text in {name}: got {len(text)} bytes, need {MIN_BYTES}; pass a longer file")
     raw = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     alphabet, indices = raw.unique(return_inverse=True)
     cut = int(len(indices) * (1 - HELD_OUT))

@@ -133,12 +133,27 @@ class Roofs:
         return (matrix, "matrix") if matrix >= copy else (copy, "copy")
 
 
-def measure_roofs(stopwatch: Stopwatch, device: str, dtype: str, side: int, copy_bytes: int) -> Roofs:
-    """Rate of one large square product and of one large copy, the best of several of each."""
-    options = {"device": device, "dtype": getattr(torch, dtype)}
-    a, b = torch.randn(side, side, **options), torch.randn(side, side, **options)
-    source = torch.empty(copy_bytes, dtype=torch.int8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    product_ms = min(stopwatch(lambda: a @ b) for _ in range(8))
-    copy_ms = min(stopwatch(lambda: target.copy_(source)) for _ in range(8))
-    return Roofs(2 * side**3 / (product_ms * 1e9), 2 * copy_bytes / (copy_ms * 1e6))
+class RoofMeter:
+    """Measures the roofs: the best rate of a large square product, and of a large copy, over all samples taken.
+
+    Samples are taken throughout a run, since a machine that is shared or warms up is not always at its best.
+    """
+
+    def __init__(self, stopwatch: Stopwatch, device: str, dtype: str, side: int, copy_bytes: int):
+        options = {"device": device, "dtype": getattr(torch, dtype)}
+        a, b = torch.randn(side, side, **options), torch.randn(side, side, **options)
+        source = torch.ones(copy_bytes, dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        self.stopwatch = stopwatch
+        self.product, self.copy = lambda: a @ b, lambda: target.copy_(source)
+        self.flops, self.bytes = 2 * side**3, 2 * copy_bytes
+        self.product_ms = self.copy_ms = float("inf")
+
+    def sample(self, times: int) -> None:
+        for _ in range(times):
+            self.product_ms = min(self.product_ms, self.stopwatch(self.product))
+            self.copy_ms = min(self.copy_ms, self.stopwatch(self.copy))
+
+    @property
+    def roofs(self) -> Roofs:
+        return Roofs(self.flops / (self.product_ms * 1e9), self.bytes / (self.copy_ms * 1e6))

@@ -27,7 +27,7 @@ BACKENDS = ("auto", "triton", "aten", "reference")
 
 # Read once: Triton, too, decides when a kernel is defined whether it will be interpreted.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-_ENVIRONMENT = os.environ.get("SEQCORE_BACKEND", "auto")
+_ENVIRONMENT = os.environ.get("SEQCORE_BACKEND") or "auto"
 
 CPU = "cpu"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -86,23 +86,25 @@ class Explanation:
 
 
 class _Local(threading.local):
-    # A ContextVar would break torch.compile(fullgraph=True); a thread-local tuple does not.
-    stack: tuple[str, ...] = ()
-    explanations: list[Explanation] | None = None
-    pretend: Device | None = None
+    # A ContextVar would break torch.compile(fullgraph=True); a thread-local tuple does not. It must be the instance's
+    # own: a default of the class would not be guarded, and compiled code would outlive a change of backend.
+    def __init__(self) -> None:
+        self.stack: tuple[str, ...] = ()
+        self.explanations: list[Explanation] | None = None
+        self.pretend: Device | None = None
 
 
 _local = _Local()
 
 
-def check_backend(name: str) -> str:
-    """``name`` if it is a backend's.
+def check_backend(name: str, origin: str = "backend") -> str:
+    """``name`` if it is a backend's; ``origin`` tells where it came from.
 
     Raises:
         InvalidInput: otherwise.
     """
     if name not in BACKENDS:
-        raise InvalidInput(f"unknown backend: got {name!r}, allowed are {', '.join(map(repr, BACKENDS))}")
+        raise InvalidInput(f"unknown {origin}: got {name!r}, allowed are {', '.join(map(repr, BACKENDS))}")
     return name
 
 
@@ -126,9 +128,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 def resolve(backend: str | None) -> str:
     """The backend in force: the argument, else the innermost context, else ``SEQCORE_BACKEND``, else "auto"."""
-    if backend is None:
-        backend = _local.stack[-1] if _local.stack else _ENVIRONMENT
-    return check_backend(backend)
+    if backend is not None:
+        return check_backend(backend)
+    return _local.stack[-1] if _local.stack else check_backend(_ENVIRONMENT, "SEQCORE_BACKEND")
 
 
 @functools.cache
@@ -299,4 +301,6 @@ def explain(
 
 class _Explanations(list):
     def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "no seqcore operation was called"
+        return "\n".join(map(str, self)) or (
+            "no seqcore operation was called; with backend='aten', MultiheadAttention is torch's own from end to end"
+        )

@@ -27,6 +27,10 @@ def pytest_collection_modifyitems(config, items):
     chosen = [item for item in items if runs_here(item)]
     config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
     items[:] = chosen
+    for item in chosen:
+        if item.get_closest_marker("kernels"):
+            # The peers on a GPU may lack a deterministic form; `_poisoned` turns the mode on for its NaNs alone.
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic"))
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def _poisoned(request):
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
 

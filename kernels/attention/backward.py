@@ -1,7 +1,7 @@
 """Attention backward: delta, then dK and dV by blocks of keys, then dQ by blocks of queries. No atomics.
 
-With P = exp(S - lse), dP = dO V^T and delta = rowsum(O dO) - dlse, the gradient of the scores is
-dS = P (dP - delta); then dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K.
+With P = softmax(S), dP = dO V^T and delta = rowsum(O dO) - dlse, the gradient of the scores is dS = P (dP - delta);
+then dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K.
 Source: Dao, FlashAttention-2 (2023), section 3.1.2, with the log-sum-exp's own gradient subtracted from delta.
 """
 
@@ -13,10 +13,10 @@ from .scores import load_rows, score_tile, split_program, store_rows, visible_ke
 
 
 @triton.jit
-def _probabilities(scores, lse):
-    """P from base-2 scores and natural lse. The clamp keeps rows of finfo.min masks finite, where lse has no digits left."""
-    base = tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
-    return tl.exp2(tl.minimum(scores - base[:, None], 0.0))
+def _probabilities(scores, row_max, row_scale):
+    """P from base-2 scores and what forward left of each row; scores rebuilt in other tiles may pass row_max by a rounding."""
+    base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    return tl.exp2(tl.minimum(scores - base[:, None], 0.0)) * row_scale[:, None]
 
 
 @triton.jit(do_not_specialize=["H", "M"])
@@ -59,7 +59,8 @@ def _accumulate_dkdv(
     v,
     q_ptr,
     dout_ptr,
-    lse_ptr,
+    row_max_ptr,
+    row_scale_ptr,
     delta_ptr,
     mask_ptr,
     start_n,
@@ -90,13 +91,14 @@ def _accumulate_dkdv(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, offs_m, M, stride_q_m, D, BLOCK_D)
         dout = load_rows(dout_ptr, offs_m, M, stride_dout_m, DV, BLOCK_DV)
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=0.0)
+        row_max = tl.load(row_max_ptr + offs_m, mask=offs_m < M, other=0.0)
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
         delta = tl.load(delta_ptr + offs_m, mask=offs_m < M, other=0.0)
         scores = score_tile(
             q, k, offs_m, offs_n, mask_ptr, stride_mask_m, stride_mask_n, M, N, scale, diagonal,
             CAUSAL, MASK_KIND, EDGE, PRECISION,
         )  # fmt: skip
-        p = _probabilities(scores, lse)
+        p = _probabilities(scores, row_max, row_scale)
         dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, dv, input_precision=PRECISION)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
@@ -111,7 +113,8 @@ def attention_backward_dkdv_kernel(
     v_ptr,
     mask_ptr,
     dout_ptr,
-    lse_ptr,
+    row_max_ptr,
+    row_scale_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
@@ -176,13 +179,13 @@ def attention_backward_dkdv_kernel(
             mask_head = mask_ptr + batch * stride_mask_b + head * stride_mask_h
         if CAUSAL:
             dk, dv = _accumulate_dkdv(
-                dk, dv, k, v, q_head, dout_head, lse_ptr + row, delta_ptr + row, mask_head, start_n,
-                begin, tl.minimum(full, M), stride_q_m, stride_dout_m, stride_mask_m, stride_mask_n,
+                dk, dv, k, v, q_head, dout_head, row_max_ptr + row, row_scale_ptr + row, delta_ptr + row, mask_head,
+                start_n, begin, tl.minimum(full, M), stride_q_m, stride_dout_m, stride_mask_m, stride_mask_n,
                 M, N, scale, diagonal, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, MASK_KIND, True, PRECISION,
             )  # fmt: skip
         dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, q_head, dout_head, lse_ptr + row, delta_ptr + row, mask_head, start_n,
-            full, M, stride_q_m, stride_dout_m, stride_mask_m, stride_mask_n,
+            dk, dv, k, v, q_head, dout_head, row_max_ptr + row, row_scale_ptr + row, delta_ptr + row, mask_head,
+            start_n, full, M, stride_q_m, stride_dout_m, stride_mask_m, stride_mask_n,
             M, N, scale, diagonal, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, MASK_KIND, False, PRECISION,
         )  # fmt: skip
 
@@ -195,7 +198,8 @@ def _accumulate_dq(
     dq,
     q,
     dout,
-    lse,
+    row_max,
+    row_scale,
     delta,
     k_ptr,
     v_ptr,
@@ -232,7 +236,7 @@ def _accumulate_dq(
             q, k, offs_m, offs_n, mask_ptr, stride_mask_m, stride_mask_n, M, N, scale, diagonal,
             CAUSAL, MASK_KIND, EDGE, PRECISION,
         )  # fmt: skip
-        p = _probabilities(scores, lse)
+        p = _probabilities(scores, row_max, row_scale)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -246,7 +250,8 @@ def attention_backward_dq_kernel(
     v_ptr,
     mask_ptr,
     dout_ptr,
-    lse_ptr,
+    row_max_ptr,
+    row_scale_ptr,
     delta_ptr,
     dq_ptr,
     stride_q_b,
@@ -288,7 +293,8 @@ def attention_backward_dq_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, offs_m, M, stride_q_m, D, BLOCK_D)
     dout = load_rows(dout_ptr + batch * stride_dout_b + head * stride_dout_h, offs_m, M, stride_dout_m, DV, BLOCK_DV)
-    lse = tl.load(lse_ptr + batch_head * M + offs_m, mask=offs_m < M, other=0.0)
+    row_max = tl.load(row_max_ptr + batch_head * M + offs_m, mask=offs_m < M, other=0.0)
+    row_scale = tl.load(row_scale_ptr + batch_head * M + offs_m, mask=offs_m < M, other=0.0)
     delta = tl.load(delta_ptr + batch_head * M + offs_m, mask=offs_m < M, other=0.0)
     k_ptr += batch * stride_k_b + head // GROUP * stride_k_h
     v_ptr += batch * stride_v_b + head // GROUP * stride_v_h
@@ -302,13 +308,13 @@ def attention_backward_dq_kernel(
         full = N
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     dq = _accumulate_dq(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, mask_ptr, start_m, 0, full,
+        dq, q, dout, row_max, row_scale, delta, k_ptr, v_ptr, mask_ptr, start_m, 0, full,
         stride_k_n, stride_v_n, stride_mask_m, stride_mask_n, M, N, scale, diagonal,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, MASK_KIND, False, PRECISION,
     )  # fmt: skip
     if CAUSAL:
         dq = _accumulate_dq(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, mask_ptr, start_m, full, end,
+            dq, q, dout, row_max, row_scale, delta, k_ptr, v_ptr, mask_ptr, start_m, full, end,
             stride_k_n, stride_v_n, stride_mask_m, stride_mask_n, M, N, scale, diagonal,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, MASK_KIND, True, PRECISION,
         )  # fmt: skip

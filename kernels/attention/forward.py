@@ -68,6 +68,8 @@ def attention_forward_kernel(
     mask_ptr,
     out_ptr,
     lse_ptr,
+    row_max_ptr,
+    row_scale_ptr,
     stride_q_b,
     stride_q_h,
     stride_q_m,
@@ -102,8 +104,11 @@ def attention_forward_kernel(
 ):
     """out = softmax(scores) v and lse = log sum exp(scores), natural; grid (B * H * blocks of M,).
 
-    q [B, H, M, D], k [B, H / GROUP, N, D], v [B, H / GROUP, N, DV], out [B, H, M, DV], lse [B, H, M] contiguous
-    float32; last dimensions contiguous. A row that may see no key gives zeros and lse = -inf.
+    q [B, H, M, D], k [B, H / GROUP, N, D], v [B, H / GROUP, N, DV], out [B, H, M, DV]; last dimensions contiguous.
+    lse, row_max and row_scale [B, H, M], contiguous float32. A row that may see no key gives zeros and lse = -inf.
+
+    For backward each row also leaves its largest score, in base 2, and one over the sum of exp2(score - largest):
+    probabilities rebuilt from lse alone would err by a rounding of lse, which after a mask of -1e4 is a part in 1,000.
     """
     batch_head, start_m = split_program(M, BLOCK_M)
     batch = batch_head // H
@@ -136,4 +141,7 @@ def attention_forward_kernel(
     out = acc / row_sum[:, None]
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
     store_rows(out_ptr + batch * stride_out_b + head * stride_out_h, out, offs_m, M, stride_out_m, DV, BLOCK_DV)
-    tl.store(lse_ptr + batch_head * M + offs_m, lse, mask=offs_m < M)
+    row = batch_head * M + offs_m
+    tl.store(lse_ptr + row, lse, mask=offs_m < M)
+    tl.store(row_max_ptr + row, row_max, mask=offs_m < M)
+    tl.store(row_scale_ptr + row, 1.0 / row_sum, mask=offs_m < M)

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from ..activations import LOG2_E
 
-# The most negative finite float32: an additive mask of finfo.min must stay finite in base 2, as it does in base e.
-LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+# An additive mask of finfo.min must stay finite in base 2, as it does in base e: the lowest float32 over log2(e).
+LOWEST: tl.constexpr = tl.constexpr(-2.358e38)
 
 NO_MASK: tl.constexpr = tl.constexpr(0)
 BOOL_MASK: tl.constexpr = tl.constexpr(1)
@@ -49,7 +49,7 @@ def score_tile(
             scores = tl.where(tl.load(ptrs, mask=inside, other=0) != 0, scores, float("-inf"))
         else:
             bias = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-            scores += tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2_E, LOWEST))
+            scores += tl.where(bias == float("-inf"), bias, tl.maximum(bias, LOWEST) * LOG2_E)
     if EDGE:
         visible = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         if CAUSAL:

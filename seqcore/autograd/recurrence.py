@@ -64,7 +64,9 @@ def _differentiable_backward(settings, x, h0, c0, batch_sizes, lengths, reset, w
     steps = reference.padded_steps(*x.shape[:2]) if batch_sizes is None else reference.packed_steps(batch_sizes)
     grouped = reference.group(weights, settings.directions, settings.bias)
     y, h_n, c_n = reference.layer(settings.cell, x, h0, c0, grouped, steps, lengths, reset)
-    pairs = [(out, grad) for out, grad in zip((y, h_n, c_n), grads, strict=True) if out is not None and grad is not None]
+    pairs = [
+        (out, grad) for out, grad in zip((y, h_n, c_n), grads, strict=True) if out is not None and grad is not None
+    ]
     inputs = [x, h0, c0, *weights]
     wanted = [i for i, need in enumerate((*needs[2:5], *needs[8:])) if need]
     found = torch.autograd.grad(

@@ -110,7 +110,7 @@ def attention(
     chosen = backends.choose(_request(problem, return_lse), backend)
     if chosen == "aten":
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, causal is not None, scale=problem.scale, enable_gqa=enable_gqa
+            query, key, value, problem.mask, dropout_p, causal is not None, scale=problem.scale, enable_gqa=enable_gqa
         )
     if chosen == "triton":
         out, lse = _triton(problem)

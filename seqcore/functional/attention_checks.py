@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import transforms_active
 from ..errors import InvalidInput
+from .autocast import autocasting
 
 NAME = "attention"
 
@@ -59,11 +61,13 @@ def check_attention(
         raise InvalidInput(f"{NAME}: causal must be None, 'top_left' or 'lower_right', got {causal!r}")
     if scale is not None and not math.isfinite(scale):
         raise InvalidInput(f"{NAME}: scale must be finite, got {scale}")
-    if not 0 <= dropout_p < 1:
-        raise InvalidInput(f"{NAME}: dropout_p must be in [0, 1), got {dropout_p}")
-    if softcap < 0:
-        raise InvalidInput(f"{NAME}: softcap must be positive, or 0 for none, got {softcap}")
+    if not 0 <= dropout_p <= 1:
+        raise InvalidInput(f"{NAME}: dropout_p must lie in 0 … 1, got {dropout_p}")
+    if not 0 <= softcap < math.inf:
+        raise InvalidInput(f"{NAME}: softcap must be positive and finite, or 0 for none, got {softcap}")
     _check_mask(attn_mask, query, (*lead, M, N))
+    # torch's operator wants both dimensions spelt out.
+    attn_mask = None if attn_mask is None else torch.atleast_2d(attn_mask)
     _check_window(window)
     heads = lead[-1] if lead else 1
     for name, vector in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
@@ -71,15 +75,14 @@ def check_attention(
             _check_vector(name, vector, heads, query, floating=True)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:
-        _check_packed(query, cu_seqlens_q, cu_seqlens_k, query_lengths, key_lengths, M, N)
+        _check_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, query_lengths, key_lengths)
     for name, vector, most in (("query_lengths", query_lengths, M), ("key_lengths", key_lengths, N)):
         if vector is not None:
             if len(lead) < 2:
                 raise InvalidInput(f"{NAME}: {name} need query [B, H, M, D], got {list(query.shape)}")
             _check_vector(name, vector, lead[0], query, floating=False)
             _check_values(name, vector, 0, most)
-    if isinstance(dropout_seed, int):
-        dropout_seed = torch.tensor([dropout_seed], device=query.device)
+    dropout_seed = _seed(dropout_seed, query)
     if causal == "lower_right" and M == N and not packed and query_lengths is None and key_lengths is None:
         causal = "top_left"
     return Problem(
@@ -105,7 +108,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     shown = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in named.items())
     if not query.device == key.device == value.device:
         raise InvalidInput(f"{NAME}: query, key and value must be on one device, got {shown}")
-    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+    if not query.dtype == key.dtype == value.dtype and not autocasting(query.device.type):
         raise InvalidInput(f"{NAME}: query, key and value must have one dtype, got {shown}")
     if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
         raise InvalidInput(
@@ -141,8 +144,10 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
 def _check_mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> None:
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise InvalidInput(f"{NAME}: attn_mask must be a Tensor or None, got {type(mask).__name__}")
     allowed = (torch.bool, query.dtype, torch.float32)
-    if mask.dtype not in allowed and not (mask.is_floating_point() and torch.is_autocast_enabled(query.device.type)):
+    if mask.dtype not in allowed and not (mask.is_floating_point() and autocasting(query.device.type)):
         raise InvalidInput(
             f"{NAME}: attn_mask must be bool, {query.dtype} like the query, or float32, got {mask.dtype}"
         )
@@ -157,8 +162,24 @@ def _check_mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> N
 def _check_window(window: tuple[int | None, int | None] | None) -> None:
     if window is None:
         return
-    if len(window) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in window):
+    sides = window if isinstance(window, tuple | list) else ()
+    if len(sides) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in sides):
         raise InvalidInput(f"{NAME}: window must be (left, right), each None or an integer >= 0, got {window}")
+
+
+def _seed(seed: int | Tensor | None, query: Tensor) -> Tensor | None:
+    """The seed as an int64 tensor of one element."""
+    if seed is None:
+        return None
+    if isinstance(seed, int) and -(2**63) <= seed < 2**63:
+        return torch.tensor([seed], device=query.device)
+    if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == query.device:
+        return seed.reshape(1)
+    got = f"{list(seed.shape)} {seed.dtype} on {seed.device}" if isinstance(seed, Tensor) else repr(seed)
+    raise InvalidInput(
+        f"{NAME}: dropout_seed must be an integer of 64 bits, or an int64 Tensor of one element on {query.device}, "
+        f"got {got}"
+    )
 
 
 def _check_vector(name: str, vector: Tensor, size: int, query: Tensor, floating: bool) -> None:
@@ -166,34 +187,42 @@ def _check_vector(name: str, vector: Tensor, size: int, query: Tensor, floating:
         got = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise InvalidInput(f"{NAME}: {name} must be a Tensor of shape [{size}], got {got}")
     if vector.is_floating_point() != floating or vector.dtype == torch.bool:
-        raise InvalidInput(
-            f"{NAME}: {name} must be {'floating point' if floating else 'integers'}, got {vector.dtype}"
-        )
+        raise InvalidInput(f"{NAME}: {name} must be {'floating point' if floating else 'integers'}, got {vector.dtype}")
     if vector.device != query.device:
         raise InvalidInput(f"{NAME}: {name} must be on the query's device {query.device}, got {vector.device}")
 
 
+def _readable(vector: Tensor) -> bool:
+    """Whether values can be looked at: on a GPU that would wait for it, and a traced tensor has none."""
+    return vector.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
+
+
 def _check_values(name: str, vector: Tensor, least: int, most: int) -> None:
-    """Values on a GPU are not looked at, which would wait for it."""
-    if vector.device.type == "cpu" and not torch.compiler.is_compiling() and vector.numel():
+    if _readable(vector) and vector.numel():
         low, high = int(vector.min()), int(vector.max())
         if low < least or high > most:
             raise InvalidInput(f"{NAME}: {name} must lie in {least} … {most}, got {low} … {high}")
 
 
-def _check_packed(query, cu_seqlens_q, cu_seqlens_k, query_lengths, key_lengths, M: int, N: int) -> None:
+def _check_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, query_lengths, key_lengths) -> None:
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise InvalidInput(f"{NAME}: cu_seqlens_q and cu_seqlens_k go together, got only one of them")
     if query_lengths is not None or key_lengths is not None:
         raise InvalidInput(f"{NAME}: cu_seqlens and lengths exclude each other; cu_seqlens say where sequences end")
-    if query.dim() != 3:
-        raise InvalidInput(f"{NAME}: with cu_seqlens query must be [H, M, D], got {list(query.shape)}")
-    sizes = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
-    if cu_seqlens_q.dim() != 1 or cu_seqlens_k.dim() != 1 or sizes[0] != sizes[1] or sizes[0] < 2:
-        raise InvalidInput(f"{NAME}: cu_seqlens must be [S + 1] both, got {sizes[0]} and {sizes[1]} entries")
+    if not query.dim() == key.dim() == value.dim() == 3:
+        raise InvalidInput(
+            f"{NAME}: with cu_seqlens query, key and value must be [H, M, D], [H_kv, N, D] and [H_kv, N, DV], got "
+            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        )
+    shapes = [list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in (cu_seqlens_q, cu_seqlens_k)]
+    if len(shapes[0]) != 1 or shapes[0] != shapes[1] or shapes[0][0] < 2:
+        raise InvalidInput(
+            f"{NAME}: cu_seqlens_q and cu_seqlens_k must both be Tensors of shape [S + 1] for S >= 1 sequences, got "
+            f"{shapes[0]} and {shapes[1]}"
+        )
+    M, N = query.shape[1], key.shape[1]
     for name, vector, end in (("cu_seqlens_q", cu_seqlens_q, M), ("cu_seqlens_k", cu_seqlens_k, N)):
-        _check_vector(name, vector, sizes[0], query, floating=False)
-        _check_values(name, vector, 0, end)
-        if vector.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_vector(name, vector, shapes[0][0], query, floating=False)
+        if _readable(vector):
             if int(vector[0]) != 0 or int(vector[-1]) != end or bool((vector[1:] < vector[:-1]).any()):
                 raise InvalidInput(f"{NAME}: {name} must rise from 0 to {end}, got {vector.tolist()}")

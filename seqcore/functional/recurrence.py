@@ -65,8 +65,9 @@ def rnn(
     """
     cell = _rnn_cell_name(nonlinearity)
     return _sequence(
-        cell, input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, backend
-    )
+        cell, input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional,
+        lengths, reset, backend,
+    )  # fmt: skip
 
 
 def gru(
@@ -91,8 +92,9 @@ def gru(
     Source: Cho et al. (2014), in the variant of ``torch.nn.GRU``.
     """
     return _sequence(
-        "gru", input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, backend
-    )
+        "gru", input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional,
+        lengths, reset, backend,
+    )  # fmt: skip
 
 
 def lstm(
@@ -118,8 +120,9 @@ def lstm(
     al. (2014) for the projection, in the form of ``torch.nn.LSTM``.
     """
     return _sequence(
-        "lstm", input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, backend
-    )
+        "lstm", input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional,
+        lengths, reset, backend,
+    )  # fmt: skip
 
 
 def _rnn_cell_name(nonlinearity: str) -> str:
@@ -132,6 +135,8 @@ def _sequence(
     cell, input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, backend
 ):
     problem = check_sequence(cell, input, hx, weights, num_layers, bias, batch_first, bidirectional, lengths, reset)
+    if not 0 <= dropout <= 1:
+        raise backends.InvalidInput(f"dropout probability has to be between 0 and 1, but got {dropout}")
     chosen = backends.choose(_request(problem), backend)
     if chosen == "aten":
         y, h_n, c_n = _aten(problem, dropout, training)
@@ -161,7 +166,7 @@ def _request(problem: Problem) -> backends.Request:
 
 
 def _layer_function(problem: Problem, chosen: str) -> reference.Layer:
-    """One layer of ``problem`` on our kernels or the reference, following autocast (torch's own operators do so too)."""
+    """One layer of ``problem`` on our kernels or the reference, following autocast as torch's operators do."""
     cell, batch_sizes, lengths, reset = problem.cell, problem.batch_sizes, problem.lengths, problem.reset
 
     def layer(x, h0, c0, weights):
@@ -227,7 +232,7 @@ def lstm_cell(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of :func:`lstm`: input [B, I] or [I], hx a pair of [B, H] or [H] or None for zeros, to the next (h, c)."""
+    """One step of :func:`lstm`: input [B, I] or [I], hx two of [B, H] or [H] or None for zeros, to the next (h, c)."""
     return _cell("lstm", input, hx, (w_ih, w_hh, b_ih, b_hh), backend)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import InvalidInput
-from ..reference.recurrence import GATES, Weights
+from ..reference.recurrence import GATES, Weights, group
 
 
 @dataclass
@@ -76,6 +76,8 @@ def check_sequence(
     if packed is not None:
         if x.dim() != 2:
             raise InvalidInput(f"{name}: a PackedSequence's data must have 2 dimensions, got {x.dim()}")
+        if not torch.compiler.is_compiling():
+            _check_batch_sizes(name, packed.batch_sizes, x.shape[0])
     else:
         if x.dim() not in (2, 3):
             raise InvalidInput(
@@ -132,22 +134,27 @@ def check_cell(cell: str, input: Tensor, hx, weights: Weights) -> Problem:
     x = input[None, None] if unbatched else input[None]
     flat = [w for w in weights if w is not None]
     grouped = _check_weights(name, cell, x, flat, 1, bias, 1)
-    hidden = weights.w_hh.shape[1]
-    states = () if hx is None else hx if cell == "lstm" else (hx,)
-    for index, state in enumerate(states):
-        if state.dim() != input.dim():
-            raise InvalidInput(
-                f"{name}: Expected hx[{index}] to be {input.dim()}D like the input, got {state.dim()}D instead"
-            )
-    lifted = tuple(state[None, None] if unbatched else state[None] for state in states)
-    batched = None if hx is None else lifted if cell == "lstm" else lifted[0]
-    h0, c0 = _check_state(name, cell, x, batched, False, None, 1, x.shape[1], hidden, hidden)
-    return Problem(cell, x, h0, c0, grouped, bias, unbatched=unbatched)
+    size = (*input.shape[:-1], weights.w_hh.shape[1])
+    if hx is None:
+        states = [x.new_zeros(size) for _ in range(2 if cell == "lstm" else 1)]
+    else:
+        states = _states(name, cell, hx)
+    for label, state in _labelled(states):
+        if tuple(state.shape) != size:
+            raise InvalidInput(f"{name}: Expected {label} size {size}, got {list(state.shape)}")
+        _check_alike(name, "hx", label, x, state)
+    h0, *c0 = (state[None, None] if unbatched else state[None] for state in states)
+    return Problem(cell, x, h0, c0[0] if c0 else None, grouped, bias, unbatched=unbatched)
 
 
 def _check_weights(
     name: str, cell: str, x: Tensor, weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int
 ) -> list[list[Weights]]:
+    if num_layers < 1:
+        raise InvalidInput(f"{name}: num_layers must be greater than zero, got {num_layers}")
+    for w in weights:
+        if not isinstance(w, Tensor):
+            raise InvalidInput(f"{name}: weights must be Tensors, got {type(w).__name__}")
     kinds = ["w_ih", "w_hh", *(("b_ih", "b_hh") if bias else ())]
     count = num_layers * directions * len(kinds)
     projected = cell == "lstm" and len(weights) == count + num_layers * directions
@@ -157,8 +164,6 @@ def _check_weights(
             f"got {len(weights)}"
         )
     per_layer = len(weights) // num_layers
-    from ..reference.recurrence import group
-
     grouped = [
         group(weights[layer * per_layer : (layer + 1) * per_layer], directions, bias) for layer in range(num_layers)
     ]
@@ -170,11 +175,11 @@ def _check_weights(
     hidden = gates // GATES[cell]
     if not projected and outputs != hidden:
         raise InvalidInput(f"{name}: w_hh must be [{gates}, {hidden}], got {list(weights[1].shape)}")
-    inputs = grouped[0][0].w_ih.shape[-1]
+    if weights[0].dim() != 2:
+        raise InvalidInput(f"{name}: w_ih must be [{gates}, input_size], got {list(weights[0].shape)}")
+    inputs = weights[0].shape[1]
     if x.shape[-1] != inputs:
-        raise InvalidInput(
-            f"{name}: input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}"
-        )
+        raise InvalidInput(f"{name}: input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}")
     for layer, of_layer in enumerate(grouped):
         width = inputs if layer == 0 else directions * outputs
         shapes = Weights((gates, width), (gates, outputs), (gates,), (gates,), (outputs, hidden))
@@ -196,7 +201,9 @@ def _check_alike(name: str, role: str, what: str, x: Tensor, other: Tensor) -> N
         )
     if not other.is_floating_point() or not x.is_floating_point():
         raise InvalidInput(f"{name}: needs floating point, got input {x.dtype} and {what} {other.dtype}")
-    if other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    # Autocast brings all dtypes together but float64, which it leaves as it is.
+    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, other.dtype)
+    if other.dtype != x.dtype and not casts:
         raise InvalidInput(
             f"{name}: input dtype ({x.dtype}) does not match {role} dtype ({other.dtype}, {what}). "
             f"Convert input: input.to({other.dtype}), or convert the other: .to({x.dtype})"
@@ -219,17 +226,10 @@ def _check_state(
     if hx is None:
         h0 = x.new_zeros(layers, batch, outputs)
         return h0, x.new_zeros(layers, batch, hidden) if cell == "lstm" else None
-    if cell == "lstm":
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            raise InvalidInput(f"{name}: hx must be a pair (h_0, c_0), got {type(hx).__name__}")
-        states = list(hx)
-    else:
-        if not isinstance(hx, Tensor):
-            raise InvalidInput(f"{name}: hx must be a Tensor, got {type(hx).__name__}")
-        states = [hx]
+    states = _states(name, cell, hx)
     rank = 2 if unbatched else 3
-    for index, (state, width) in enumerate(zip(states, (outputs, hidden), strict=False)):
-        label = "hidden" if len(states) == 1 else f"hidden[{index}]"
+    for index, (label, state) in enumerate(_labelled(states)):
+        width = hidden if index else outputs
         if state.dim() != rank:
             raise InvalidInput(
                 f"{name}: For {'unbatched 2-D' if unbatched else 'batched 3-D'} input, {label} should also be "
@@ -246,11 +246,49 @@ def _check_state(
     return states[0], states[1] if cell == "lstm" else None
 
 
+def _states(name: str, cell: str, hx) -> list[Tensor]:
+    """h, or h and c, of ``hx``."""
+    if cell != "lstm":
+        if not isinstance(hx, Tensor):
+            raise InvalidInput(f"{name}: hx must be a Tensor, got {type(hx).__name__}")
+        return [hx]
+    if not isinstance(hx, (tuple, list)):
+        raise InvalidInput(f"{name}: hx must be a pair (h_0, c_0) of Tensors, got {type(hx).__name__}")
+    if len(hx) != 2 or not all(isinstance(state, Tensor) for state in hx):
+        kinds = ", ".join(type(state).__name__ for state in hx)
+        raise InvalidInput(f"{name}: hx must be a pair (h_0, c_0) of Tensors, got {type(hx).__name__} of ({kinds})")
+    return list(hx)
+
+
+def _labelled(states: list[Tensor]) -> list[tuple[str, Tensor]]:
+    """``states`` under the names torch gives them in its messages."""
+    if len(states) == 1:
+        return [("hidden", states[0])]
+    return [(f"hidden[{index}]", state) for index, state in enumerate(states)]
+
+
+def _check_batch_sizes(name: str, batch_sizes: Tensor, rows: int) -> None:
+    """Whether a PackedSequence holds together, which one made by hand may not."""
+    sizes = batch_sizes.tolist()
+    if not sizes or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != rows:
+        raise InvalidInput(
+            f"{name}: a PackedSequence's batch_sizes must not increase, be at least 1 and sum up to its {rows} rows of "
+            f"data, got {sizes if len(sizes) < 10 else [*sizes[:9], '…']} (sum {sum(sizes)}); "
+            "make one with torch.nn.utils.rnn.pack_padded_sequence"
+        )
+
+
 def _check_lengths(name: str, lengths: Tensor | None, x: Tensor) -> Tensor | None:
     if lengths is None:
         return None
     time, batch = x.shape[:2]
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInput(f"{name}: lengths must be integers, got {lengths!r}") from error
+    if lengths.device.type != "cpu" and lengths.device != x.device:
+        raise InvalidInput(f"{name}: lengths must be on the CPU or the input's device {x.device}, got {lengths.device}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise InvalidInput(f"{name}: lengths must be integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
@@ -266,6 +304,8 @@ def _check_lengths(name: str, lengths: Tensor | None, x: Tensor) -> Tensor | Non
 def _check_reset(name: str, reset: Tensor | None, x: Tensor, batch_first: bool) -> Tensor | None:
     if reset is None:
         return None
+    if not isinstance(reset, Tensor):
+        raise InvalidInput(f"{name}: reset must be a bool Tensor, got {type(reset).__name__}")
     expected = tuple(x.shape[:2])
     if batch_first:
         expected = expected[::-1]

@@ -1,5 +1,7 @@
 """Multi-head attention, with the constructor, parameters and outputs of ``torch.nn.MultiheadAttention``."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..backends import check_backend, resolve
 from ..errors import InvalidInput
+from ..functional.autocast import autocasting
 from ..reference.attention import attention_weights
 
 
@@ -36,16 +39,28 @@ class MultiheadAttention(nn.MultiheadAttention):
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
         if backend is not None:
             check_backend(backend)
-        self.__dict__["_constructing"] = True
-        super().__init__(*args, **kwargs)
-        del self.__dict__["_constructing"]
+        with self._as_torch():
+            super().__init__(*args, **kwargs)
         self.backend = backend
+
+    @contextlib.contextmanager
+    def _as_torch(self) -> Iterator[None]:
+        """Within, torch's own code asks ``_qkv_same_embed_dim`` which parameters there are, and is told."""
+        self.__dict__["_inside_torch"] = True
+        try:
+            yield
+        finally:
+            self.__dict__.pop("_inside_torch", None)
+
+    def _reset_parameters(self) -> None:
+        with self._as_torch():
+            super()._reset_parameters()
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """False unless torch's own code is to run: its Transformer layers ask this before they pass our forward by."""
         same = self.__dict__["_qkv_same_embed_dim"]
-        return same and (self.__dict__.get("_constructing", False) or resolve(self.backend) == "aten")
+        return same and ("_inside_torch" in self.__dict__ or resolve(self.backend) == "aten")
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, same: bool) -> None:
@@ -93,8 +108,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         # As in torch: alone, and with no weights to return, a causal mask need not be read.
         causal = is_causal and key_padding_mask is None and not need_weights
         if self.bias_k is not None:
-            k = torch.cat([k, self.bias_k.to(k.dtype).expand(len(k), 1, -1)], 1)
-            v = torch.cat([v, self.bias_v.to(v.dtype).expand(len(v), 1, -1)], 1)
+            # Cast last, so that under autocast the gradient is summed over the batch in the parameter's dtype.
+            k = torch.cat([k, self.bias_k.expand(len(k), 1, -1).to(k.dtype)], 1)
+            v = torch.cat([v, self.bias_v.expand(len(v), 1, -1).to(v.dtype)], 1)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
@@ -116,6 +132,15 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the input is batched."""
+        named = {"query": query, "key": key, "value": value}
+        for name, tensor in named.items():
+            if not isinstance(tensor, Tensor):
+                raise InvalidInput(f"MultiheadAttention: {name} must be a Tensor, got {type(tensor).__name__}")
+            if tensor.is_nested:
+                raise InvalidInput(
+                    f"MultiheadAttention: {name} must not be a nested tensor; torch.nn.TransformerEncoder makes them "
+                    "when it evaluates, unless its attribute use_nested_tensor is False"
+                )
         ranks = query.dim(), key.dim(), value.dim()
         if ranks not in ((2, 2, 2), (3, 3, 3)):
             raise InvalidInput(
@@ -138,6 +163,16 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"MultiheadAttention: query and key need the same batch, dimension {batch_dim}, got "
                 f"{list(query.shape)} and {list(key.shape)}"
             )
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        for name, tensor in named.items():
+            if tensor.device != weight.device:
+                raise InvalidInput(
+                    f"MultiheadAttention: {name} must be on the parameters' device {weight.device}, got {tensor.device}"
+                )
+            if tensor.dtype != weight.dtype and not autocasting(weight.device.type):
+                raise InvalidInput(
+                    f"MultiheadAttention: {name} must have the parameters' dtype {weight.dtype}, got {tensor.dtype}"
+                )
         return query.dim() == 3
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -189,6 +224,8 @@ class _Masks:
         for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if mask is None:
                 continue
+            if not isinstance(mask, Tensor):
+                raise InvalidInput(f"MultiheadAttention: {name} must be a Tensor or None, got {type(mask).__name__}")
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise InvalidInput(f"MultiheadAttention: {name} must be bool or floating point, got {mask.dtype}")
             if tuple(mask.shape) not in allowed[name]:

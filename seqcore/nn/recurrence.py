@@ -73,9 +73,7 @@ class RNN(_Recurrent):
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """y and h_n; see ``seqcore.functional.rnn`` for shapes, ``lengths``, ``reset`` and errors."""
         nonlinearity = self.mode.removeprefix("RNN_").lower()
-        return functional.rnn(
-            input, hx, nonlinearity=nonlinearity, lengths=lengths, reset=reset, **self._options()
-        )
+        return functional.rnn(input, hx, nonlinearity=nonlinearity, lengths=lengths, reset=reset, **self._options())
 
 
 class GRU(_Recurrent):
@@ -155,9 +153,7 @@ class RNNCell(_Backend, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next h; input [B, I] or [I], hx [B, H] or [H]."""
-        return functional.rnn_cell(
-            input, hx, *self._weights(), nonlinearity=self.nonlinearity, backend=self.backend
-        )
+        return functional.rnn_cell(input, hx, *self._weights(), nonlinearity=self.nonlinearity, backend=self.backend)
 
 
 class GRUCell(_Backend, nn.GRUCell):

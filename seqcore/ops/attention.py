@@ -1,7 +1,8 @@
 """``seqcore::attention_forward`` and ``_backward``: q [B, H, M, D], k [B, H_kv, N, D], v [B, H_kv, N, DV].
 
 The mask, if any, is [B, H, M, N] (broadcast dimensions have stride 0) and bool (True may attend) or additive;
-``causal`` is "none", "top_left" or "lower_right".
+``causal`` is "none", "top_left" or "lower_right". Forward gives out, lse, and for backward ``rows`` [2, B, H, M]: each
+row's largest score in base 2, and one over its sum of exp2(score - largest).
 """
 
 import torch
@@ -13,28 +14,31 @@ from ..reference import attention as reference
 from ..reference.recurrence import wide
 from .library import define, interpreted
 
-FORWARD_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, str causal, float scale) -> (Tensor, Tensor)"
+FORWARD_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, str causal, float scale) -> (Tensor, Tensor, Tensor)"
 BACKWARD_SCHEMA = (
-    "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, str causal, "
+    "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor rows, str causal, "
     "float scale) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: str, scale: float) -> tuple[Tensor, Tensor]:
-    if not (q.is_cuda or interpreted(q.dtype)):
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: str, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _has_kernels(q):
         result = reference.attention(q, k, v, attn_mask=mask, causal=_named(causal), scale=scale)
-        return result.out.contiguous(), result.lse.contiguous()
+        return result.out.contiguous(), result.lse.contiguous(), _blank_rows(q)
     from ..kernels.attention.forward import attention_forward_kernel
 
     launch = _Launch(q, k, v, mask, causal, scale, "attention_forward")
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    rows = _blank_rows(q)
     if lse.numel():
         attention_forward_kernel[launch.grid_over_queries](
-            launch.q, launch.k, launch.v, launch.mask, out, lse,
+            launch.q, launch.k, launch.v, launch.mask, out, lse, *rows,
             *launch.strides, *out.stride()[:3], q.shape[1], *launch.sizes, **launch.constants,
         )  # fmt: skip
-    return out, lse
+    return out, lse, rows
 
 
 def _backward(
@@ -45,24 +49,24 @@ def _backward(
     v: Tensor,
     mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    rows: Tensor,
     causal: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not (q.is_cuda or interpreted(q.dtype)):
-        return reference.backward(dout, dlse, q, k, v, mask, out, lse, _named(causal), scale)
+    if not _has_kernels(q):
+        return reference.backward(dout, dlse, q, k, v, mask, out, _named(causal), scale)
     from ..kernels.attention import backward as kernels
 
     launch = _Launch(q, k, v, mask, causal, scale, "attention_backward")
     dout = torch.zeros_like(out) if dout is None else _rows(dout)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(rows[0])
     heads, heads_kv, constants = q.shape[1], k.shape[1], launch.constants
-    arguments = (launch.q, launch.k, launch.v, launch.mask, dout, lse, delta)
+    arguments = (launch.q, launch.k, launch.v, launch.mask, dout, *rows, delta)
     strides = (*launch.strides, *dout.stride()[:3])
-    if lse.numel():
+    if delta.numel():
         kernels.attention_backward_delta_kernel[launch.grid_over_queries](
-            out, dout, lse if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3],
+            out, dout, delta if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3],
             heads, q.shape[2], DV=constants["DV"], BLOCK_DV=constants["BLOCK_DV"], HAS_DLSE=dlse is not None,
             BLOCK_M=constants["BLOCK_M"],
         )  # fmt: skip
@@ -75,6 +79,15 @@ def _backward(
             *arguments, dq, *strides, heads, *launch.sizes, **constants
         )
     return dq, dk, dv
+
+
+def _has_kernels(q: Tensor) -> bool:
+    return q.is_cuda or interpreted(q.dtype)
+
+
+def _blank_rows(q: Tensor) -> Tensor:
+    """Room for what the kernels keep of each row; the reference's backward has whole rows at hand and keeps nothing."""
+    return torch.empty(2, *q.shape[:2], q.shape[2] if _has_kernels(q) else 0, dtype=torch.float32, device=q.device)
 
 
 class _Launch:
@@ -97,7 +110,7 @@ class _Launch:
         arch = describe(q.device).arch
         tiles = tuning.attention_tiles(operation, max(D, DV), torch.finfo(q.dtype).bits, arch)
         self.constants = {
-            "GROUP": heads // heads_kv,
+            "GROUP": heads // max(heads_kv, 1),
             "D": D,
             "DV": DV,
             "BLOCK_D": tuning.power_of_two(D),
@@ -132,10 +145,10 @@ def _named(causal: str) -> str | None:
 
 def _forward_fake(q, k, v, mask, causal, scale):
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device), _blank_rows(q)
 
 
-def _backward_fake(dout, dlse, q, k, v, mask, out, lse, causal, scale):
+def _backward_fake(dout, dlse, q, k, v, mask, out, rows, causal, scale):
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
 
 

@@ -37,13 +37,13 @@ class _Launcher:
 
         batch, hidden = x_gates.shape[0], x_gates.shape[1] // GATES[cell]
         # A projected h is not hidden wide and no cell that projects reads it; x_gates stands in for the pointer.
-        entering = h if h.shape[1] == hidden else x_gates
+        entering = _rows(h) if h.shape[1] == hidden else x_gates
         new_h = torch.empty(batch, hidden, dtype=h.dtype, device=h.device)
         new_c = None if c is None else torch.empty(batch, hidden, dtype=torch.float32, device=h.device)
         if batch:
             tiles = tuning.pointwise_tiles(batch, hidden)
             cells.pointwise_forward_kernel[_grid(tiles, batch, hidden)](
-                x_gates, h_gates.contiguous(), _rows(entering), _dense(c, h), new_h, _dense(new_c, h), _dense(saved, h),
+                x_gates, h_gates.contiguous(), entering, _dense(c, h), new_h, _dense(new_c, h), _dense(saved, h),
                 batch, hidden, x_gates.stride(0), entering.stride(0), hidden,
                 STEP=getattr(cells, f"{cell}_step"), GATES=GATES[cell], SAVED=SAVED[cell],
                 HAS_C=c is not None, SAVE=saved is not None,
@@ -56,13 +56,13 @@ class _Launcher:
         from ..kernels.recurrence import cells
 
         batch, hidden = dh.shape
-        entering = h if h.shape[1] == hidden else saved
+        entering = _rows(h) if h.shape[1] == hidden else saved
         dh_in = torch.empty_like(dh, memory_format=torch.contiguous_format)
         dc_in = None if dc is None else torch.empty_like(dh_in)
         if batch:
             tiles = tuning.pointwise_tiles(batch, hidden)
             cells.pointwise_backward_kernel[_grid(tiles, batch, hidden)](
-                saved, _rows(entering), _dense(c, dh), _dense(new_c, dh), dh.contiguous(), _dense(dc, dh),
+                saved, entering, _dense(c, dh), _dense(new_c, dh), dh.contiguous(), _dense(dc, dh),
                 dx_gates, dh_gates, dh_in, _dense(dc_in, dh), batch, hidden, entering.stride(0),
                 STEP_BACKWARD=getattr(cells, f"{cell}_step_backward"), GATES=GATES[cell], SAVED=SAVED[cell],
                 HAS_C=c is not None, SPLIT=cell == "gru",

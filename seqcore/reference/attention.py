@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .philox import uniform
+from .precision import without_autocast
 from .recurrence import wide
 
 NEGATIVE_INFINITY = float("-inf")
@@ -46,7 +47,12 @@ class Result(NamedTuple):
 
 
 def dense_grid(
-    lead: tuple[int, ...], M: int, N: int, device: torch.device, query_lengths: Tensor | None, key_lengths: Tensor | None
+    lead: tuple[int, ...],
+    M: int,
+    N: int,
+    device: torch.device,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Grid:
     """Positions in a padded batch; lengths are [B], B the first of the leading dimensions ``lead`` = (*batch, H)."""
     row, column = torch.arange(M, device=device)[:, None], torch.arange(N, device=device)
@@ -116,6 +122,7 @@ def _scores(
     return torch.where(visible, scores, NEGATIVE_INFINITY)
 
 
+@without_autocast
 def attention(
     query: Tensor,
     key: Tensor,
@@ -152,7 +159,15 @@ def attention(
         query, key, grid,
         attn_mask=attn_mask, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
-    sink = None if sinks is None else sinks.to(acc)[..., None]
+    weights, lse = _normalise(scores, None if sinks is None else sinks.to(acc)[..., None])
+    if dropout_p:
+        weights = _drop(weights, grid, dropout_p, dropout_seed)
+    return Result((weights @ value.to(acc)).to(query.dtype), lse, weights)
+
+
+def _normalise(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights, and the log-sum-exp of each row: zeros and -inf where nothing may be seen."""
+    N = scores.shape[-1]
     # The shift cancels out of every result, so it needs no gradient of its own.
     shift = (scores.amax(-1) if N else scores.new_full(scores.shape[:-1], NEGATIVE_INFINITY)).detach()
     shift = shift if sink is None else torch.maximum(shift, sink.detach())
@@ -161,11 +176,7 @@ def attention(
     total = exponentials.sum(-1) if sink is None else exponentials.sum(-1) + torch.exp(sink - shift)
     empty = total == 0
     total = torch.where(empty, 1, total)
-    weights = exponentials / total[..., None]
-    lse = torch.where(empty, NEGATIVE_INFINITY, shift + torch.log(total))
-    if dropout_p:
-        weights = _drop(weights, grid, dropout_p, dropout_seed)
-    return Result((weights @ value.to(acc)).to(query.dtype), lse, weights)
+    return exponentials / total[..., None], torch.where(empty, NEGATIVE_INFINITY, shift + torch.log(total))
 
 
 def _drop(weights: Tensor, grid: Grid, probability: float, seed: Tensor) -> Tensor:
@@ -173,9 +184,11 @@ def _drop(weights: Tensor, grid: Grid, probability: float, seed: Tensor) -> Tens
     heads = weights.shape[-3] if weights.dim() > 2 else 1
     head = torch.arange(heads, device=weights.device)[:, None, None]
     keep = uniform(seed, grid.batch * heads + head, grid.row, grid.column) >= probability
-    return torch.where(keep, weights / (1 - probability), 0)
+    # At probability 1 nothing is kept; the division by 1 then only keeps the gradient finite.
+    return torch.where(keep, weights / ((1 - probability) or 1), 0)
 
 
+@without_autocast
 def attention_weights(
     query: Tensor,
     key: Tensor,
@@ -187,17 +200,13 @@ def attention_weights(
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """The weights [B, H, M, N] that gave a row the log-sum-exp ``lse`` [B, H, M]: exp(s - lse), 0 in empty rows."""
-    grid = dense_grid(query.shape[:-2], query.shape[-2], key.shape[-2], query.device, None, None)
+    grid = dense_grid(query.shape[:-2], query.shape[-2], key.shape[-2], query.device)
     scores = _scores(
         query, key, grid, attn_mask=attn_mask, causal=causal, scale=query.shape[-1] ** -0.5, window=None, softcap=0.0,
         alibi_slopes=None,
     )  # fmt: skip
-    weights = _weights(scores, lse)
+    weights = torch.exp(scores - torch.where(lse == NEGATIVE_INFINITY, 0, lse)[..., None])
     return _drop(weights, grid, dropout_p, dropout_seed) if dropout_p else weights
-
-
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    return torch.exp(scores - torch.where(lse == NEGATIVE_INFINITY, 0, lse)[..., None])
 
 
 def repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
@@ -207,6 +216,7 @@ def repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
     return tensor.repeat_interleave(query.shape[-3] // tensor.shape[-3], -3)
 
 
+@without_autocast
 def backward(
     dout: Tensor | None,
     dlse: Tensor | None,
@@ -215,22 +225,21 @@ def backward(
     value: Tensor,
     attn_mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
     causal: str | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of [B, H, M, D], [B, H_kv, N, D] and [B, H_kv, N, DV], written out by hand, with no autograd.
 
-    With P = exp(s - lse) and delta = rowsum(out dout) - dlse: ds = P (dout v^T - delta), dv = P^T dout,
+    With P = softmax(s) and delta = rowsum(out dout) - dlse: ds = P (dout v^T - delta), dv = P^T dout,
     dk = scale ds^T q, dq = scale ds k; a group's dk and dv are summed. Source: Dao, FlashAttention-2 (2023), 3.1.2.
     """
     acc = wide(query.dtype)
     k, v = repeat_heads(query, key).to(acc), repeat_heads(query, value).to(acc)
-    grid = dense_grid(query.shape[:-2], query.shape[-2], key.shape[-2], query.device, None, None)
+    grid = dense_grid(query.shape[:-2], query.shape[-2], key.shape[-2], query.device)
     scores = _scores(
         query, k, grid, attn_mask=attn_mask, causal=causal, scale=scale, window=None, softcap=0.0, alibi_slopes=None
     )
-    weights = _weights(scores, lse)
+    weights, _ = _normalise(scores, None)
     dout = torch.zeros_like(out, dtype=acc) if dout is None else dout.to(acc)
     delta = (out.to(acc) * dout).sum(-1)
     if dlse is not None:
@@ -238,6 +247,6 @@ def backward(
     ds = weights * (dout @ v.transpose(-2, -1) - delta[..., None])
     dq = scale * (ds @ k)
     dk, dv = scale * (ds.transpose(-2, -1) @ query.to(acc)), weights.transpose(-2, -1) @ dout
-    group = query.shape[1] // key.shape[1]
+    group = query.shape[1] // max(key.shape[1], 1)
     dk, dv = (x.unflatten(1, (key.shape[1], group)).sum(2) for x in (dk, dv))
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)

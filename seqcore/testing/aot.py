@@ -1,10 +1,13 @@
 """Compile every kernel ahead of time, for GPUs that are not here, and judge what came out.
 
-    python -m seqcore.testing.aot [--full] [--out FILE] [--jobs N] [--kernel SUBSTRING] [--target T]
+    python -m seqcore.testing.aot [--full] [--out FILE] [--jobs N] [--kernel SUBSTRING] [--target T] [--record]
 
 Triton's wheel brings the assemblers, so no GPU and no CUDA toolkit is needed. Each row of the report says what one
 kernel in one configuration takes of one target: shared memory, registers, spills, matrix instructions. The exit
 status is 1 if anything does not compile, does not fit, or spills more than its recorded budget.
+
+Budgets are for configurations that could not be had without spills. ``--full --record`` raises them to what was
+found and never lowers one, since versions of Triton differ; to lower them, delete the file and record each version.
 """
 
 import argparse
@@ -25,7 +28,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from .aot_catalogue import TARGETS, Entry, Function, catalogue, covering
+from ..backends import INTERPRETED
+from .aot_catalogue import SPILL_BUDGETS, TARGETS, Entry, Function, catalogue, covering, spill_budgets
 
 # Most shared memory, in bytes, that one program may use.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -96,6 +100,7 @@ def blank_row(entry: Entry) -> Row:
     return {
         "kernel": entry.name,
         "configuration": entry.configuration,
+        "variant": entry.variant,
         "target": entry.target,
         "triton": triton.__version__,
         "shared": None,
@@ -214,24 +219,33 @@ def violation(row: Row) -> str | None:
 def compile_all(entries: list[Entry], jobs: int) -> Iterator[Row]:
     """Rows of ``entries`` as they are done.
 
-    A compiler that crashes takes its process with it, and the pool: what was left is then compiled one to a
-    process, so that the culprit is named and nothing else is lost.
+    A compiler that crashes takes its process with it, and the pool. What was left is then compiled in two halves,
+    and so on, until the culprit is alone: it gets a row that says so, and nothing else is lost.
     """
-    context = multiprocessing.get_context("spawn")
     left = dict(enumerate(entries))
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(compile_entry, entry): index for index, entry in left.items()}
         for future in as_completed(futures):
             if not isinstance(future.exception(), BrokenProcessPool):
                 del left[futures[future]]
                 yield future.result()
-    for entry in left.values():
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            try:
-                row = pool.submit(compile_entry, entry).result()
-            except BrokenProcessPool:
-                row = blank_row(entry) | {"error": "the compiler crashed"}
-        yield row
+    if left and len(entries) == 1:
+        yield blank_row(entries[0]) | {"error": "the compiler crashed"}
+    elif left:
+        remaining = list(left.values())
+        middle = (len(remaining) + 1) // 2
+        yield from compile_all(remaining[:middle], jobs)
+        yield from compile_all(remaining[middle:], jobs)
+
+
+def record(rows: list[Row]) -> None:
+    """Raise the recorded spill budgets to what ``rows`` spill."""
+    budgets = spill_budgets()
+    for row in rows:
+        if row["spills"]:
+            variants = budgets.setdefault(row["target"], {}).setdefault(row["kernel"], {})
+            variants[row["variant"]] = max(row["spills"], variants.get(row["variant"], 0))
+    SPILL_BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
 
 
 # --- command line --------------------------------------------------------------------------------------------
@@ -278,9 +292,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/aot.json"), help="where the rows go, as JSON")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes to compile in")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--record", action="store_true", help="raise the spill budgets to what is found")
     parser.add_argument("--target", choices=TARGETS, help="only this target")
     options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no", "n"):
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
 
     entries = [
@@ -300,13 +315,14 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
+    if options.record:
+        record(rows)
+
     print(table(rows))
     failures = sum(not row["ok"] for row in rows)
+    targets = ", ".join(sorted({row["target"] for row in rows}))
     seconds = time.perf_counter() - began
-    print(
-        f"\n{len(rows)} compiled for {len({row['target'] for row in rows})} targets in {seconds:.0f} s, "
-        f"{failures} failed; rows in {options.out}"
-    )
+    print(f"\n{len(rows)} compiled for {targets} in {seconds:.0f} s, {failures} failed; rows in {options.out}")
     return 1 if failures else 0
 
 

@@ -4,9 +4,12 @@ An :class:`Entry` describes one compile by what a launch would pass, so that it 
 be. :func:`catalogue` lists all of them; :func:`covering` picks few that still show every pair of properties.
 """
 
+import functools
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 from ..kernels import tuning
@@ -16,9 +19,14 @@ from ..reference.recurrence import GATES
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 
-# Bytes of scratch memory that a thread may use, where zero could not be had. A record names the tags it is for;
-# what no record names may use none.
-SPILL_BUDGETS: list[tuple[dict[str, str], int]] = []
+# target -> kernel -> variant -> bytes of scratch memory that a thread may use. What is not listed may use none.
+SPILL_BUDGETS = Path(__file__).with_name("spill_budgets.json")
+
+
+@functools.cache
+def spill_budgets() -> dict[str, dict[str, dict[str, int]]]:
+    """The recorded budgets; :func:`seqcore.testing.aot.record` writes them."""
+    return json.loads(SPILL_BUDGETS.read_text()) if SPILL_BUDGETS.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,13 @@ class Entry:
         return f"{' '.join(self.tags.values())} {tiles} w{self.num_warps} s{self.num_stages}"
 
     @property
+    def variant(self) -> str:
+        """What spill budgets are recorded by: causal or not makes too little difference."""
+        return " ".join(value for tag, value in self.tags.items() if tag != "causal")
+
+    @property
     def spill_budget(self) -> int:
-        tags = {**self.tags, "kernel": self.name, "target": self.target}
-        return max((limit for wanted, limit in SPILL_BUDGETS if wanted.items() <= tags.items()), default=0)
+        return spill_budgets().get(self.target, {}).get(self.name, {}).get(self.variant, 0)
 
     def pairs(self) -> set[tuple]:
         properties = [("kernel", self.name), ("target", self.target), *self.tags.items()]
@@ -134,10 +146,12 @@ def _pointwise() -> Iterator[Entry]:
 
 # --- attention -----------------------------------------------------------------------------------------------
 
-MASKS = {"unmasked": 0, "bool": 1, "additive": 2}
-# 80 and 65 are no powers of two, so that masking the head dim is compiled too; rows of 65 are not aligned either.
-HEAD_DIMS = (16, 64, 65, 80, 128, 256)
-BATCH, HEADS, LENGTH = 2, 8, 1024
+# mask -> the kernels' code for it, its pointer's type where there is one, and query heads to a key head. A mask in
+# float32 may go with queries of any dtype, and takes most registers.
+MASKS = {"unmasked": (0, None, 1), "bool": (1, "*i1", 4), "additive": (2, "*fp32", 1)}
+# 72 is no power of two, so that masking the head dim is compiled too, and its rows are not aligned to 16 elements.
+HEAD_DIMS = (16, 64, 72, 128, 256)
+HEADS, LENGTH = 8, 1024
 
 
 def _attention() -> Iterator[Entry]:
@@ -147,20 +161,16 @@ def _attention() -> Iterator[Entry]:
             constants = {"HAS_DLSE": has_dlse}
             delta_tags = tags | {"dlse": "dlse" if has_dlse else "no dlse"}
             yield _attention_entry("backward_delta", dtype, head_dim, target, constants, delta_tags)
-        variants = product(_precisions(dtype, target), (False, True), MASKS, (1, 4))
-        for precision, causal, mask, group in variants:
-            constants = {"GROUP": group, "CAUSAL": causal, "MASK_KIND": MASKS[mask], "PRECISION": precision}
-            variant_tags = tags | {
-                "precision": precision, "causal": "causal" if causal else "full", "mask": mask, "group": f"group={group}",
-            }  # fmt: skip
+        for precision, causal, mask in product(_precisions(dtype, target), (False, True), MASKS):
+            kind, _, group = MASKS[mask]
+            constants = {"GROUP": group, "CAUSAL": causal, "MASK_KIND": kind, "PRECISION": precision}
+            variant = {"precision": precision, "causal": "causal" if causal else "full", "mask": mask}
             for kernel in ("forward", "backward_dkdv", "backward_dq"):
-                yield _attention_entry(kernel, dtype, head_dim, target, constants, variant_tags)
+                yield _attention_entry(kernel, dtype, head_dim, target, constants, tags | variant)
 
 
 def _precisions(dtype: str, target: str) -> tuple[str, ...]:
-    if dtype != "float32":
-        return ("ieee",)
-    return ("ieee", "tf32") if target.startswith("gfx") else ("ieee", "tf32", "tf32x3")
+    return ("tf32x3", "tf32") if dtype == "float32" and target.startswith("sm_") else ("ieee",)
 
 
 def _attention_entry(
@@ -178,17 +188,17 @@ def _attention_entry(
             f"stride_{tensor}_h": LENGTH * head_dim,
             f"stride_{tensor}_{row}": head_dim,
         }
-    arguments |= dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr"), "*fp32")
+    arguments |= dict.fromkeys(("lse_ptr", "row_max_ptr", "row_scale_ptr", "dlse_ptr", "delta_ptr"), "*fp32")
     # Broadcast over batch and heads, as most masks are.
     arguments |= {"stride_mask_b": 0, "stride_mask_h": 0, "stride_mask_m": LENGTH, "stride_mask_n": 1}
-    arguments["mask_ptr"] = "*i1" if tags.get("mask") == "bool" else POINTERS[dtype]
+    arguments["mask_ptr"] = MASKS[tags.get("mask", "unmasked")][1] or POINTERS[dtype]
     blocks = {"D": head_dim, "DV": head_dim, "BLOCK_D": block, "BLOCK_DV": block}
     return Entry(
         Function(f"attention.{operation}:attention_{kernel}_kernel"),
         target,
         arguments,
         constants | blocks | {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns},
-        tiles.num_warps,
+        4 if kernel == "backward_delta" else tiles.num_warps,
         tiles.num_stages,
         tags,
     )

@@ -1,0 +1,362 @@
+"""The benchmarks' own arithmetic, the campaign's bookkeeping, and one tiny run from end to end."""
+
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("pytest_benchmark")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("no kernel is run here: an interpreted process has nothing to add", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name: str):
+    """A module of the benchmarks, without the repository's root on sys.path: there `kernels` would shadow another
+    distribution's for all other tests."""
+    if "benchmarks" not in sys.modules:
+        folder = ROOT / "benchmarks"
+        spec = importlib.util.spec_from_file_location(
+            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["benchmarks"])
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+answers, campaign, fits, flops = (load(name) for name in ("answers", "campaign", "fits", "flops"))
+layers, report, rows, shapes, timing = (load(name) for name in ("layers", "report", "rows", "shapes", "timing"))
+
+
+@pytest.mark.parametrize("samples", [[3.0], [2.0, 1.0], [5.0, 1.0, 4.0, 2.0, 3.0], list(map(float, range(11)))])
+def test_percentiles(samples):
+    assert timing.percentile(samples, 0) == min(samples)
+    assert timing.percentile(samples, 100) == max(samples)
+    assert timing.percentile(samples, 50) == statistics.median(samples)
+    if len(samples) > 1:
+        expected = statistics.quantiles(samples, n=5, method="inclusive")
+        assert timing.percentile(samples, 20) == pytest.approx(expected[0])
+        assert timing.percentile(samples, 80) == pytest.approx(expected[3])
+
+
+def test_floor_is_the_larger_of_both_roofs():
+    roofs = timing.Roofs(tflops=2.0, gigabytes_per_s=100.0)
+    assert roofs.floor(flops=2e12, traffic=1e9) == (pytest.approx(1000.0), "matrix")
+    assert roofs.floor(flops=2e9, traffic=1e9) == (pytest.approx(10.0), "copy")
+
+
+@pytest.mark.parametrize("op", shapes.RECURRENCES)
+@pytest.mark.parametrize("pass_", shapes.PASSES)
+def test_recurrence_flops_are_those_torch_counts(op, pass_):
+    T, B, I, H = 5, 3, 8, 6
+    # In float64 a loop of products, which is counted; in float32 the LSTM would be one operator, which is not.
+    x = torch.randn(T, B, I, requires_grad=True, dtype=torch.float64)
+    module = getattr(nn, op.upper())(I, H, dtype=x.dtype)
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)[0]
+        if pass_ == "training":
+            y.sum().backward()
+    counted = counter.get_total_flops()
+    expected = flops.work(op, pass_, {"T": T, "B": B, "I": I, "H": H}, 4).flops
+    # torch skips the gradient of the first state, which nobody asked for: one product of T.
+    skipped = 2 * B * flops.GATES[op] * H * H if pass_ == "training" else 0
+    assert counted == expected - skipped
+
+
+def test_attention_flops_are_those_torch_counts():
+    T, B, E = 7, 3, 8
+    module, x = nn.MultiheadAttention(E, 2), torch.randn(T, B, E, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = module(x, x, x)[0]
+    assert counter.get_total_flops() == flops.attention_flops(T, B, E, "forward", causal=False)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    scores = 4 * B * T * T * E
+    # The backward that stores the scores spares their recomputation: 2 instead of 2.5 times the forward.
+    backward = flops.attention_flops(T, B, E, "training", causal=False) - flops.attention_flops(
+        T, B, E, "forward", causal=False
+    )
+    assert counter.get_total_flops() == backward - scores / 2
+
+
+def test_steps_that_wait_for_each_other():
+    assert flops.dependent_steps("lstm", 100, "forward") == 101
+    assert flops.dependent_steps("attention", 100, "forward") == flops.dependent_steps("attention", 9, "forward")
+
+
+@pytest.mark.parametrize("pass_", shapes.PASSES)
+@pytest.mark.parametrize("op", ["gru", "attention"])
+def test_a_wrong_layer_is_not_timed(op, pass_):
+    case = shapes.Case(op, pass_, "batch_fixed", T=40, B=3, H=16, heads=2, dtype="float32")
+    built = layers.build_layers(case, shapes.TINY)
+    ours, torchs = built["auto"], built["torch.nn"]
+    x, dy = layers.make_data(case, "cpu")
+    assert layers.check(case, shapes.TINY, ours, torchs, x, dy) == {"T": 16, "B": 2}
+    with torch.no_grad():
+        next(ours.module.parameters()).mul_(1.01)
+    with pytest.raises(AssertionError, match=f"{op}-{pass_}.* error budget"):
+        layers.check(case, shapes.TINY, ours, torchs, x, dy)
+
+
+def test_slope_is_recovered_whatever_small_sizes_cost():
+    T = [2**i for i in range(5, 13)]
+    fit = fits.fit_power(T, [0.3 * t**1.7 + (5 if t < 300 else 0) for t in T])
+    assert fit.slope == pytest.approx(1.7, abs=1e-6)
+    assert fit.r_squared == pytest.approx(1.0)
+    assert (fit.points, fit.first, fit.last) == (4, 512, 4096)
+
+
+def test_slope_needs_three_points():
+    assert fits.fit_power([1, 2], [1.0, 2.0]) is None
+    assert fits.fit_power([1, 2, 4], [3.0, 3.0, 3.0]).slope == 0
+
+
+def test_crossover_is_recovered():
+    T = [2**i for i in range(5, 13)]
+    found = fits.find_crossover(T, [1e-3 * t**2 for t in T], [0.7 * t for t in T])
+    assert found.verdict == "at"
+    assert found.T == pytest.approx(700)
+    assert found.at_last == pytest.approx(4096 / 700)
+
+
+@pytest.mark.parametrize(
+    "time, other, verdict",
+    [
+        ([1, 2, 3], [2, 3, 4], "always"),
+        ([2, 3, 4], [1, 2, 3], "never"),
+        ([3, 2, 1], [2, 2.1, 2.2], "unclear"),
+        ([1, 9, 1, 9], [2, 2, 2, 2], "unclear"),
+        ([1, 1, 1], [1.01, 0.99, 1], "unclear"),
+        # Within noise at the beginning, clear afterwards.
+        ([1, 0.99, 3], [0.99, 1, 2], "never"),
+    ],
+)
+def test_no_crossover_is_said_so(time, other, verdict):
+    found = fits.find_crossover(list(range(1, len(time) + 1)), time, other)
+    assert (found.verdict, found.T) == (verdict, None)
+
+
+def test_batch_that_fills():
+    batches = [2**i for i in range(12)]
+    # A machine that is full at 64: the rate grows with the batch until there.
+    found = fits.batch_to_fill(batches, [min(batch, 64) * 1e3 for batch in batches])
+    assert found.batch == {0.5: pytest.approx(32), 0.9: pytest.approx(57.6)}
+    assert (found.best_rate, found.best_batch, found.still_rising) == (64e3, 64, False)
+    assert fits.batch_to_fill(batches, [batch * 1e3 for batch in batches]).still_rising
+
+
+def row(op: str, pass_: str, sweep: str, T: int, B: int, ms: float) -> "rows.Row":
+    shape = {"T": T, "B": B, "I": 8, "H": 8}
+    ours, peer = timing.Timing(ms, ms, ms), timing.Timing(2 * ms, 2 * ms, 2 * ms)
+    info = rows.extra_info(
+        "bottleneck",
+        op,
+        pass_,
+        "float32",
+        shape,
+        ours,
+        {"torch.nn": peer},
+        flops.work(op, pass_, shape, 4),
+        {},
+        sweep=sweep,
+        memory_bytes=None,
+    )
+    rows.add_roofs(info, timing.Roofs(1.0, 10.0))
+    return rows.Row(info)
+
+
+def synthetic(gpu: str | None) -> "rows.Results":
+    """A linear LSTM and a quadratic attention that meet at T = 500."""
+    found = [
+        row(op, "training", "batch_fixed", T, 4, ms)
+        for T in (64, 128, 256, 512, 1024, 2048)
+        for op, ms in (("lstm", 0.05 * T), ("attention", 1e-4 * T**2))
+    ]
+    found += [row("lstm", "training", "batch_sweep", 64, B, max(B, 16) * 0.1) for B in (1, 2, 4, 8, 16, 32, 64)]
+    missing = [{"name": "test_layer[x]", "outcome": "skipped", "reason": "out of time"}]
+    return rows.Results(found, {"gpu": gpu, "cpu": "a CPU", "cores": 2, "busy_cores_at_start": 0.1}, missing, "today")
+
+
+def test_report_says_what_the_rows_say():
+    page = report.report(synthetic(gpu=None), [])
+    assert "fitted over 3 lengths from 512 to 2,048: time grows as LSTM T^1.00, attention T^2.00." in page
+    assert "attention stops being cheaper than the LSTM at T ≈ 500" in page
+    assert "50% at B ≈ 8 and 90% at B ≈ 14 of its best" in page
+    assert "test_layer[x]: skipped, out of time" in page
+
+
+def test_report_tells_a_cpu_from_a_gpu_and_quiet_from_busy():
+    results = synthetic(gpu=None)
+    assert "do not speak for a GPU" in report.report(results, [])
+    assert "busy" not in report.report(results, [])
+    results.machine["busy_cores_at_start"] = 1.5
+    assert "busy" in report.report(results, [])
+    assert "do not speak for a GPU" not in report.report(synthetic(gpu="some GPU"), [])
+
+
+def test_rows_name_the_best_peer():
+    info = row("lstm", "forward", "batch_fixed", 10, 2, 5.0).info
+    assert (info["best_peer"], info["ratio"], info["tokens_per_s"], info["us_per_step"]) == ("torch.nn", 2, 4000, 500)
+
+
+def fake_stage(folder: Path, code: str, limit_s: float = 60.0):
+    mark = folder / "ran"
+    command = [sys.executable, "-c", f"open({str(mark)!r}, 'a').write('x')\n{code}"]
+    return campaign.Stage("fake", command, limit_s), lambda: len(mark.read_text())
+
+
+def new_campaign(folder: Path, key: str = "key", force: bool = False):
+    return campaign.Campaign(folder, key, dict(os.environ), force)
+
+
+def test_a_stage_that_passed_is_not_run_again(tmp_path):
+    stage, runs = fake_stage(tmp_path, "print('done')")
+    assert new_campaign(tmp_path).run(stage).status == "passed"
+    assert new_campaign(tmp_path).run(stage).last_lines == ["done"]
+    assert runs() == 1
+    new_campaign(tmp_path, key="other sources").run(stage)
+    assert runs() == 2
+    new_campaign(tmp_path, key="other sources", force=True).run(stage)
+    assert runs() == 3
+
+
+def test_a_stage_that_failed_is_run_again(tmp_path):
+    stage, runs = fake_stage(tmp_path, "raise SystemExit(3)")
+    outcome = new_campaign(tmp_path).run(stage)
+    assert (outcome.status, outcome.exit_status) == ("failed", 3)
+    new_campaign(tmp_path).run(stage)
+    assert runs() == 2
+    assert len(json.loads((tmp_path / "campaign.json").read_text())["stages"]) == 1
+
+
+def test_a_stage_past_its_limit_is_stopped_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, "GRACE_SECONDS", 0.5)
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    code = f"import subprocess, sys\np = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+    code += f"open({str(tmp_path / 'child')!r}, 'w').write(str(p.pid))\np.wait()"
+    stage, _ = fake_stage(tmp_path, code, limit_s=2.0)
+    begin = time.monotonic()
+    outcome = new_campaign(tmp_path).run(stage)
+    assert outcome.status == "overran"
+    assert time.monotonic() - begin < 20
+    deadline = time.monotonic() + 10
+    while alive(int((tmp_path / "child").read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_stage_past_its_limit_may_write_what_it_has(tmp_path):
+    result = tmp_path / "partial"
+    code = f"import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  open({str(result)!r}, 'w').write('half')"
+    stage, _ = fake_stage(tmp_path, code, limit_s=1.0)
+    assert new_campaign(tmp_path).run(stage).status == "overran"
+    assert result.read_text() == "half"
+
+
+def test_an_older_result_is_not_taken_for_a_new_one(tmp_path):
+    old = tmp_path / "bench.json"
+    old.write_text("{}")
+    stage = campaign.Stage("fake", [sys.executable, "-c", ""], 60, (old,), lambda: campaign.summarize_bench(old))
+    assert new_campaign(tmp_path).run(stage).summary == "no results"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_campaign_stops(tmp_path, capsys):
+    assert campaign.main(["--out", str(tmp_path)]) == 2
+    assert "--tiny" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_results_of_tests_become_json(tmp_path):
+    junit, out = tmp_path / "tests.xml", tmp_path / "tests.json"
+    junit.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="good"/><testcase classname="a" name="bad">'
+        '<failure message="no"/></testcase><testcase classname="a" name="off"><skipped message="why"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    assert campaign.summarize_tests(junit, out) == "1 passed, 1 failed, 1 skipped"
+    assert json.loads(out.read_text())["not_passed"][0] == {"name": "a::bad", "outcome": "failed", "reason": "no"}
+    assert not junit.exists()
+
+
+def test_linked_package_has_its_kernels(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = campaign.linked_package()
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    code = "import seqcore, seqcore.kernels; print(seqcore.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith(str(folder))
+
+
+def run(*arguments: str) -> str:
+    # One thread: beside other tests, threads that wait for each other take a hundred times as long.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+PROMISED = {"suite", "op", "pass", "dtype", "shape", "ms_p20", "ms_p50", "ms_p80", "peers", "best_peer", "ratio"}
+PROMISED |= {
+    "floor_ms",
+    "floor_kind",
+    "gpu",
+    "cpu",
+    "driver",
+    "torch",
+    "triton",
+    "cudnn",
+    "commit",
+    "clocks",
+    "kernels",
+}
+
+
+def test_tiny_campaign_and_report(tmp_path):
+    out = tmp_path / "campaign"
+    printed = run("benchmarks.campaign", "--tiny", "--stage", "bench", "--out", str(out))
+    assert "bench    passed" in printed
+    assert len(list(out.iterdir())) <= 8
+
+    found = json.loads((out / "bench.json").read_text())
+    assert "node" not in found["machine_info"]
+    ops = {entry["extra_info"]["op"] for entry in found["benchmarks"]}
+    assert ops == {*shapes.OPS, "transformer"}
+    for entry in found["benchmarks"]:
+        info = entry["extra_info"]
+        assert info.keys() >= PROMISED
+        # On a CPU both clocks time the same calls.
+        if info["suite"] == "bottleneck":
+            assert entry["stats"]["median"] * 1e3 == pytest.approx(info["ms_p50"], rel=0.2, abs=0.05)
+        else:
+            assert info["max_loss_difference"] < 1e-4
+
+    redrawn = tmp_path / "redrawn"
+    run("benchmarks.report", str(out / "bench.json"), "--out", str(redrawn))
+    pictures = {path.name for path in redrawn.glob("*.png")}
+    assert pictures == {"time_over_length.png", "time_of_a_step.png", "rate_over_batch.png", "loss_over_time.png"}
+    page = (redrawn / "report.md").read_text()
+    assert all(name in page for name in pictures)
+    assert "skipped" not in page.partition("## Not measured")[2]

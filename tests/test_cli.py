@@ -1,0 +1,69 @@
+"""The command line: info, and verify with its exit status."""
+
+import json
+
+import pytest
+import torch
+
+import seqcore
+from seqcore import cli, functional
+from seqcore.backends import INTERPRETED
+from seqcore.testing import verify
+
+
+def test_info_prints_what_each_backend_can_do(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert seqcore.__version__ in printed and torch.__version__ in printed
+    assert "lstm: auto takes" in printed and "attention: auto takes" in printed
+
+
+def test_info_as_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["torch"] == torch.__version__
+    assert {entry["operation"] for entry in info["backends"]} == {"rnn_tanh", "gru", "lstm", "attention"}
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["frobnicate"])
+    assert "frobnicate" in capsys.readouterr().err
+
+
+def few_cases(monkeypatch):
+    """Leave verify one recurrence and one attention, which is enough to see that it judges."""
+    recurrences, attentions = verify._recurrences, verify._attentions
+    monkeypatch.setattr(verify, "_recurrences", lambda device: list(recurrences(device))[-1:])
+    monkeypatch.setattr(verify, "_attentions", lambda device: list(attentions(device))[:1])
+
+
+@pytest.mark.kernels
+def test_verify_passes_and_writes_its_rows(monkeypatch, tmp_path, capsys):
+    few_cases(monkeypatch)
+    assert cli.main(["verify", "--out", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} >= {"pointwise_forward_kernel", "attention_forward_kernel"}
+    assert {row["dtype"] for row in rows} == {str(d).removeprefix("torch.") for d in verify.dtypes()}
+    assert all(row["ok"] for row in rows)
+    assert "0 outside the error budget" in capsys.readouterr().out
+
+
+@pytest.mark.kernels
+def test_verify_fails_when_a_kernel_errs(monkeypatch, capsys):
+    few_cases(monkeypatch)
+    right = functional.attention
+
+    def wrong(*args, backend, **kwargs):
+        out, lse = right(*args, backend=backend, **kwargs)
+        return (out * 1.01 if backend == "triton" else out), lse
+
+    monkeypatch.setattr(functional, "attention", wrong)
+    assert cli.main(["verify"]) == 1
+    assert "FAIL out of attention" in capsys.readouterr().out
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreted process")
+def test_verify_leaves_out_bfloat16_where_the_interpreter_miscomputes_it():
+    assert torch.bfloat16 not in verify.dtypes()
