@@ -112,7 +112,8 @@ def check_backend(name: str, origin: str = "backend") -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Use ``name`` within the ``with`` block, in this thread, wherever no ``backend=`` is given. Nests.
 
-    The choice is made in forward; backward follows it even outside the block.
+    The choice is made in forward; backward follows it even outside the block. But ``torch.utils.checkpoint`` runs
+    forward again where backward runs: inside it, name the backend by ``backend=``.
 
     Raises:
         InvalidInput: if ``name`` is not "auto", "triton", "aten" or "reference".

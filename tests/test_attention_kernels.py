@@ -24,8 +24,6 @@ def kernels(query, key, value, attn_mask=None, **options):
     return functional.attention(query, key, value, attn_mask=attn_mask, return_lse=True, backend="triton", **options)
 
 
-# --- shapes -------------------------------------------------------------------------------------------------------
-
 # Heads, M, N, D, DV. With one query or key the errors of a whole head hang on one rounding: many heads even it out.
 SHAPES = [
     (2, 1, 1, 1, 1),
@@ -119,9 +117,6 @@ def test_strides_of_the_outputs_gradient(layout, device):
     assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
 
 
-# --- causality and masks ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("causal", ["top_left", "lower_right"])
 @pytest.mark.parametrize("m, n", [(45, 70), (70, 45), (33, 33), (2, 40), (40, 1)])
 def test_causal(m, n, causal, kernel_dtype, device):
@@ -186,9 +181,6 @@ def test_rows_that_see_nothing_give_zeros_and_finite_gradients(mask, causal, ker
     assert not found["out"][blind].any() and not found["gradient of query"][blind].any()
 
 
-# --- numbers at the edge ------------------------------------------------------------------------------------------
-
-
 def test_masks_of_the_lowest_finite_number(kernel_dtype, device):
     mask = torch.where(bool_mask(B, 1, M, N), 0.0, torch.finfo(kernel_dtype).min).to(device, kernel_dtype)
     assert_like_torch(kernels, *qkv(B, H, M=M, N=N, dtype=kernel_dtype, device=device), attn_mask=mask)
@@ -238,9 +230,6 @@ def test_double_backward_follows_the_kernels(device):
     assert_within(penalty(kernels, leaves), exact, eager)
 
 
-# --- what does not depend on how it is run ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rows, columns", [(16, 16), (16, 64), (64, 16), (128, 32)])
 @pytest.mark.parametrize("causal", [None, "lower_right"])
 def test_any_tiles_will_do(rows, columns, causal, device, monkeypatch):
@@ -288,9 +277,6 @@ def test_nothing_is_read_or_written_beside_the_tensors(causal, device, monkeypat
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-# --- the other way in ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.ones(17, 21, dtype=torch.bool).tril(3)}],
@@ -310,8 +296,6 @@ def test_a_head_dim_above_the_limit_is_refused_by_the_operator_too(device):
     with pytest.raises(NotImplementedError, match="at most 256, got 257"):
         torch.ops.seqcore.attention_forward(query, key, value, None, "none", 1.0)
 
-
-# --- anything at all ----------------------------------------------------------------------------------------------
 
 sizes = st.integers(1, 40)
 

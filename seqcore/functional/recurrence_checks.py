@@ -95,11 +95,7 @@ def check_sequence(
     grouped = _check_weights(name, cell, x, weights, num_layers, bias, directions)
     hidden = grouped[0][0].w_hh.shape[0] // GATES[cell]
     outputs = grouped[0][0].w_hh.shape[1]
-    if packed is None:
-        batch = x.shape[1]
-    else:
-        # Known without looking at values, which a traced graph could not do.
-        batch = int(packed.batch_sizes[0]) if packed.sorted_indices is None else packed.sorted_indices.shape[0]
+    batch = x.shape[1] if packed is None else _packed_batch(packed, hx)
     h0, c0 = _check_state(name, cell, x, hx, unbatched, packed, num_layers * directions, batch, hidden, outputs)
     if packed is not None and (lengths is not None or reset is not None):
         raise InvalidInput(
@@ -276,6 +272,17 @@ def _check_batch_sizes(name: str, batch_sizes: Tensor, rows: int) -> None:
             f"data, got {sizes if len(sizes) < 10 else [*sizes[:9], '…']} (sum {sum(sizes)}); "
             "make one with torch.nn.utils.rnn.pack_padded_sequence"
         )
+
+
+def _packed_batch(packed: PackedSequence, hx) -> int:
+    """The number of sequences, if possible without looking at values, which a traced graph could not do."""
+    if packed.sorted_indices is not None:
+        return packed.sorted_indices.shape[0]
+    state = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
+    if torch.compiler.is_compiling() and isinstance(state, Tensor) and state.dim() == 3:
+        # The operator compares it with batch_sizes when it runs.
+        return state.shape[1]
+    return int(packed.batch_sizes[0])
 
 
 def _check_lengths(name: str, lengths: Tensor | None, x: Tensor) -> Tensor | None:

@@ -82,7 +82,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         Args:
             query, key, value: [M, B, E], [N, B, kdim], [N, B, vdim], in the module's layout.
             key_padding_mask: [B, N] ([N] unbatched); True, or -inf, marks keys to ignore.
-            need_weights: also return the weights, computed in plain PyTorch from the log-sum-exp.
+            need_weights: also return the weights, computed in plain PyTorch, and slowly.
             attn_mask: [M, N] or [B * H, M, N]; True marks pairs that may NOT attend, floats are added.
             average_attn_weights: average them over heads, [B, M, N]; else [B, H, M, N].
             is_causal: a promise that ``attn_mask`` is the causal mask, as in torch.
@@ -120,11 +120,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         options: dict[str, Any] = {"attn_mask": mask, "causal": "top_left" if causal else None, "dropout_p": dropout_p}
         if need_weights and dropout_p:
             options["dropout_seed"] = torch.randint(2**62, (1,), device=q.device)
-        out = functional.attention(q, k, v, **options, return_lse=need_weights, backend=self.backend)
+        out = functional.attention(q, k, v, **options, backend=self.backend)
         weights = None
         if need_weights:
-            out, lse = out
-            weights = attention_weights(q, k, lse, **options).to(out.dtype)
+            weights = attention_weights(q, k, **options).to(out.dtype)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         out = self.out_proj(out.transpose(1, 2).flatten(2))

@@ -7,6 +7,7 @@ Weights come flat, ``weights_per_direction`` to a direction, in the order of ``r
 import torch
 from torch import Tensor
 
+from ..errors import InvalidInput
 from ..reference import bptt
 from ..reference.bptt import SAVED, Layout
 from ..reference.recurrence import GATES, group, packed_steps, padded_steps, wide
@@ -23,8 +24,16 @@ BACKWARD_SCHEMA = (
 )
 
 
-def _layout(x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None) -> Layout:
-    steps = padded_steps(x.shape[0], x.shape[1]) if batch_sizes is None else packed_steps(batch_sizes)
+def _layout(x: Tensor, h0: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None) -> Layout:
+    if batch_sizes is None:
+        return Layout(padded_steps(x.shape[0], x.shape[1]), lengths, reset)
+    steps = packed_steps(batch_sizes)
+    # In a compiled graph nobody has looked at these values before.
+    if steps.active[0] != h0.shape[1] or sum(steps.active) != x.shape[0]:
+        raise InvalidInput(
+            f"recurrence: a PackedSequence of {steps.active[0]} sequences and {sum(steps.active)} rows needs hx of as "
+            f"many sequences and data of as many rows, got {h0.shape[1]} and {x.shape[0]}"
+        )
     return Layout(steps, lengths, reset)
 
 
@@ -90,7 +99,7 @@ def _math(x: Tensor) -> bptt.Pointwise:
 
 def _forward(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, save):
     rows = x.flatten(0, -2)
-    layout = _layout(x, batch_sizes, lengths, reset)
+    layout = _layout(x, h0, batch_sizes, lengths, reset)
     grouped = group(weights, directions, bias)
     y, h_n, c_n, saved, cells = bptt.forward(cell, rows, h0, c0, grouped, layout, save, _math(x))
     return y.view(*x.shape[:-1], y.shape[-1]), h_n, c_n, saved, cells
@@ -111,7 +120,7 @@ def _forward_fake(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengt
 def _backward(
     cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, y, saved, cells, dy, dh_n, dc_n, need_dx
 ):
-    layout = _layout(x, batch_sizes, lengths, reset)
+    layout = _layout(x, h0, batch_sizes, lengths, reset)
     grouped = group(weights, directions, bias)
     dx, dh0, dc0, dweights = bptt.backward(
         cell, x.flatten(0, -2), h0, c0, grouped, layout, y.flatten(0, -2), saved, cells,

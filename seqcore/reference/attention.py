@@ -192,20 +192,22 @@ def _drop(weights: Tensor, grid: Grid, probability: float, seed: Tensor) -> Tens
 def attention_weights(
     query: Tensor,
     key: Tensor,
-    lse: Tensor,
     *,
     attn_mask: Tensor | None,
     causal: str | None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """The weights [B, H, M, N] that gave a row the log-sum-exp ``lse`` [B, H, M]: exp(s - lse), 0 in empty rows."""
+    """The weights [B, H, M, N] of attention over [B, H, M, D] and [B, H, N, D], 0 in rows that see nothing.
+
+    Rebuilt from a kernel's log-sum-exp they would err by a rounding of it, more than torch's own weights do.
+    """
     grid = dense_grid(query.shape[:-2], query.shape[-2], key.shape[-2], query.device)
     scores = _scores(
         query, key, grid, attn_mask=attn_mask, causal=causal, scale=query.shape[-1] ** -0.5, window=None, softcap=0.0,
         alibi_slopes=None,
     )  # fmt: skip
-    weights = torch.exp(scores - torch.where(lse == NEGATIVE_INFINITY, 0, lse)[..., None])
+    weights, _ = _normalise(scores, None)
     return _drop(weights, grid, dropout_p, dropout_seed) if dropout_p else weights
 
 

@@ -1,0 +1,172 @@
+"""The ahead-of-time compiler: it knows every kernel, and it reports what is wrong with one."""
+
+import ast
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from seqcore.kernels import tuning
+from seqcore.reference.recurrence import GATES
+from seqcore.testing import aot
+from seqcore.testing.aot_catalogue import TARGETS, Entry, catalogue, covering
+
+KERNELS = Path(tuning.__file__).parent
+ROW_KEYS = {"kernel", "configuration", "target", "shared", "registers", "spills", "budget", "mma", "seconds", "ok"}
+
+
+def entry(kernel: str, target: str, **wanted: str) -> Entry:
+    """The first entry of ``kernel`` for ``target`` with these tags."""
+    return next(e for e in catalogue() if e.name == kernel and e.target == target and wanted.items() <= e.tags.items())
+
+
+def kernels_on_disk() -> set[str]:
+    """ "module:function" of every kernel, by reading the sources."""
+    found = set()
+    for path in KERNELS.rglob("*.py"):
+        module = ".".join(path.relative_to(KERNELS).with_suffix("").parts)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                found.add(f"{module}:{node.name}")
+    return found
+
+
+def test_catalogue_holds_every_kernel_and_no_other():
+    assert {e.kernel.path for e in catalogue()} == kernels_on_disk()
+
+
+def test_catalogue_holds_every_cell_and_every_tuned_configuration():
+    entries = catalogue()
+    assert {e.tags["cell"] for e in entries if "cell" in e.tags} == set(GATES)
+    for target in TARGETS:
+        for operation in ("attention_forward", "attention_backward"):
+            for row in tuning.table(target)[operation]:
+                assert any(
+                    e.target == target
+                    and e.name.startswith(operation)
+                    and (e.constants.get("BLOCK_M"), e.constants.get("BLOCK_N"), e.num_warps, e.num_stages)
+                    == (row["BLOCK_M"], row["BLOCK_N"], row["num_warps"], row["num_stages"])
+                    for e in entries
+                ), (target, operation, row)
+
+
+def test_covering_subset_is_small_and_loses_no_pair():
+    entries = catalogue()
+    chosen = covering(entries)
+    assert set().union(*(e.pairs() for e in chosen)) == set().union(*(e.pairs() for e in entries))
+    assert len(chosen) <= 80, "too many for every run of the tests"
+    assert {e.target for e in chosen} == set(TARGETS)
+    assert {e.kernel for e in chosen} == {e.kernel for e in entries}
+
+
+def test_sources_give_every_parameter_of_their_kernel():
+    for e in covering(catalogue()):
+        source = aot.specialised_source(e)
+        assert list(source.signature) == [p.name for p in aot.resolve(e.kernel).params]
+
+
+def test_source_is_specialised_as_a_launch_would_be():
+    source = aot.specialised_source(entry("attention_forward_kernel", "sm_90", head_dim="D=72"))
+    index = {name: (i,) for i, name in enumerate(source.signature)}
+    aligned = [["tt.divisibility", 16]]
+    assert source.attrs[index["q_ptr"]] == aligned
+    assert source.attrs[index["stride_q_h"]] == aligned
+    assert index["stride_q_m"] not in source.attrs, "72 does not divide by 16"
+    assert index["M"] not in source.attrs, "lengths never specialise"
+    assert source.signature["stride_mask_n"] == "constexpr"
+    assert source.constants[index["stride_mask_n"]] == 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_reports_what_a_kernel_takes(target):
+    row = aot.compile_entry(
+        entry("attention_forward_kernel", target, dtype="float16", head_dim="D=64", mask="unmasked")
+    )
+    assert row["ok"], row["error"]
+    assert row.keys() >= ROW_KEYS
+    assert row["registers"] > 0 and row["shared"] > 0
+    instruction = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
+    assert row["mma"].keys() == {instruction}
+
+
+def test_reports_too_much_shared_memory():
+    fits = entry("attention_forward_kernel", "gfx942", dtype="float16", head_dim="D=128", mask="unmasked")
+    row = aot.compile_entry(replace(fits, constants={**fits.constants, "BLOCK_N": 128}, num_stages=3))
+    assert not row["ok"]
+    assert row["shared"] > aot.SHARED_LIMIT["gfx942"]
+    assert "shared memory" in row["error"]
+
+
+def test_reports_what_does_not_compile():
+    good = entry("pointwise_forward_kernel", "sm_90")
+    row = aot.compile_entry(replace(good, constants={**good.constants, "BLOCK_H": 100}))
+    assert not row["ok"]
+    assert "power of 2" in row["error"]
+
+
+@pytest.mark.parametrize(("target", "limit"), aot.SHARED_LIMIT.items())
+def test_limits_are_the_last_that_pass(target, limit):
+    row = {"target": target, "shared": limit, "tensor_memory": 512, "spills": 8, "budget": 8}
+    assert aot.violation(row) is None
+    assert "shared memory" in aot.violation(row | {"shared": limit + 1})
+    assert "tensor memory" in aot.violation(row | {"tensor_memory": 513})
+    assert "its recorded budget is 8" in aot.violation(row | {"spills": 9})
+
+
+def test_reads_cuda_resources():
+    text = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function attention_forward_kernel:
+  REG:168 STACK:24 SHARED:1024 LOCAL:0 CONSTANT[0]:672 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    assert aot.parse_cuda_usage(text) == {"registers": 168, "spills": 24}
+    with pytest.raises(ValueError, match="no resource usage"):
+        aot.parse_cuda_usage("Fatal: not an object file")
+
+
+def test_reads_amd_resources():
+    text = """
+    .private_segment_fixed_size: 92
+    .sgpr_count:     40
+    .sgpr_spill_count: 13
+    .vgpr_count:     512
+    .vgpr_spill_count: 22
+"""
+    assert aot.amd_usage(text) == {"registers": 512, "spills": 92, "scalar_spills": 13}
+    with pytest.raises(ValueError, match=r"lacks \.vgpr_count"):
+        aot.amd_usage(text.replace(".vgpr_count", ".other"))
+
+
+def test_counts_matrix_instructions():
+    ptx = "wgmma.mma_async.sync.aligned.m64n64k16 a;\n wgmma.fence.sync;\n mma.sync.aligned.m16n8k16 b;\n"
+    assert aot.matrix_instructions(ptx) == {"wgmma": 1, "mma.sync": 1}
+    assert aot.matrix_instructions("v_mfma_f32_32x32x8_f16 x\n v_mfma_f32_32x32x8_f16 y") == {"mfma": 2}
+    assert aot.matrix_instructions("tcgen05.mma.cta_group::1.kind::f16 x\n tcgen05.commit y") == {"tcgen05": 1}
+
+
+def test_command_writes_rows_and_tells_by_its_status(tmp_path, capsys):
+    out = tmp_path / "rows" / "aot.json"
+    assert aot.main(["--kernel", "pointwise_backward", "--target", "sm_90", "--out", str(out), "--jobs", "1"]) == 0
+    rows = json.loads(out.read_text())
+    assert rows and all(row.keys() >= ROW_KEYS and row["ok"] for row in rows)
+    assert "pointwise_backward_kernel" in capsys.readouterr().out
+
+
+def test_command_refuses_a_kernel_that_is_not():
+    with pytest.raises(SystemExit):
+        aot.main(["--kernel", "no_such_kernel"])
+
+
+def test_recording_raises_budgets_and_lowers_none(tmp_path, monkeypatch):
+    path = tmp_path / "spill_budgets.json"
+    monkeypatch.setattr(aot, "SPILL_BUDGETS", path)
+    monkeypatch.setattr(aot, "spill_budgets", lambda: {"sm_90": {"a_kernel": {"old": 64, "more": 8}}})
+    row = {"kernel": "a_kernel", "target": "sm_90", "shared": 0, "tensor_memory": 0, "ok": False, "error": "spills"}
+    rows = [row | {"variant": variant, "spills": 16} for variant in ("old", "more", "new")]
+    rows.append(row | {"variant": "none", "spills": 0, "ok": True, "error": None})
+    aot.record(rows)
+    assert json.loads(path.read_text()) == {"sm_90": {"a_kernel": {"old": 64, "more": 16, "new": 16}}}
+    assert all(row["ok"] for row in rows)

@@ -1,0 +1,334 @@
+"""seqcore.nn.MultiheadAttention against torch's, flag by flag."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import seqcore
+from seqcore import UnsupportedInput
+
+from .attention_twins import Results, assert_equal_in_float64, assert_within, cotangents, doubled
+
+B, M, N, E, HEADS = 2, 17, 21, 20, 2
+INFINITY = float("inf")
+BACKENDS = ["aten", "reference", "auto"]
+SERVING = [*BACKENDS, pytest.param("triton", marks=pytest.mark.kernels)]
+
+FLAGS = {
+    "plain": {},
+    "bias": {"bias": False},
+    "add_bias_kv": {"add_bias_kv": True},
+    "add_zero_attn": {"add_zero_attn": True},
+    "kdim": {"kdim": 4},
+    "vdim": {"vdim": 5},
+    "batch_first": {"batch_first": True},
+    "dropout": {"dropout": 0.5},
+    "one head": {"num_heads": 1},
+    "all": {"bias": False, "add_bias_kv": True, "add_zero_attn": True, "kdim": 4, "vdim": 5, "batch_first": True},
+}
+WEIGHTS = {
+    "no weights": {"need_weights": False},
+    "averaged": {"need_weights": True},
+    "per head": {"need_weights": True, "average_attn_weights": False},
+}
+
+
+def torch_module(**options) -> nn.MultiheadAttention:
+    """Torch's, in eval mode, its biases made to matter."""
+    module = nn.MultiheadAttention(**{"embed_dim": E, "num_heads": HEADS} | options).eval()
+    for name, parameter in module.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)
+    return module
+
+
+def ours(module: nn.MultiheadAttention, backend: str | None) -> seqcore.nn.MultiheadAttention:
+    """A seqcore module with the weights and options of torch's."""
+    module = copy.deepcopy(module)
+    module.__class__ = seqcore.nn.MultiheadAttention
+    module.backend = backend
+    return module
+
+
+def inputs(module: nn.MultiheadAttention, kind: str = "cross") -> list[Tensor]:
+    """query, key and value in the module's layout; the same tensor twice or thrice for "memory" and "self"."""
+
+    def rows(count, width):
+        batched = (B, count, width) if module.batch_first else (count, B, width)
+        shape = (count, width) if kind == "unbatched" else batched
+        return torch.randn(shape, device=module.out_proj.weight.device)
+
+    if kind == "self":
+        return [rows(M, E)] * 3
+    query, key = rows(M, E), rows(N, module.kdim)
+    return [query, key, key] if kind == "memory" else [query, key, rows(N, module.vdim)]
+
+
+def results(module: nn.MultiheadAttention, given: list[Tensor], **keywords) -> Results:
+    """Every output of ``module`` and every gradient of a fixed weighing of them, by name."""
+    leaves = {id(t): t.detach().requires_grad_() for t in given}
+    outputs = dict(zip(("out", "weights"), module(*(leaves[id(t)] for t in given), **keywords), strict=True))
+    outputs = {name: value for name, value in outputs.items() if value is not None}
+    wanted = {f"input {i}": leaf for i, leaf in enumerate(leaves.values())} | dict(module.named_parameters())
+    weighed = list(outputs.values())
+    gradients = torch.autograd.grad(weighed, list(wanted.values()), cotangents(weighed), materialize_grads=True)
+    return outputs | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
+
+
+def assert_like_torch(theirs: nn.MultiheadAttention, backend: str | None, given: list[Tensor], **keywords) -> None:
+    """Ours does what torch's module does: as exactly as it does it where kernels run, and in float64 elsewhere."""
+    doubles = {id(t): doubled(t) for t in given}
+    double, given_double = copy.deepcopy(theirs).double(), [doubles[id(t)] for t in given]
+    keywords_double = {name: doubled(value) for name, value in keywords.items()}
+    exact = results(double, given_double, **keywords_double)
+    if backend == "triton":
+        actual, eager = results(ours(theirs, backend), given, **keywords), results(theirs, given, **keywords)
+        assert_within(actual, exact, eager)
+    else:
+        assert_equal_in_float64(results(ours(double, backend), given_double, **keywords_double), exact)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("backend", SERVING)
+def test_every_constructor_flag(backend, flags, weights, device):
+    theirs = torch_module(**flags).to(device)
+    assert_like_torch(theirs, backend, inputs(theirs), **weights)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("flags", [{}, {"batch_first": True}], ids=["", "batch_first"])
+@pytest.mark.parametrize("kind", ["self", "memory", "unbatched"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_way_to_call_it(backend, kind, flags, weights):
+    theirs = torch_module(**flags)
+    assert_like_torch(theirs, backend, inputs(theirs, kind), **weights)
+
+
+def may_not(*shape: int) -> Tensor:
+    """The module's masks: True forbids. Every query keeps its first key."""
+    mask = torch.rand(shape) < 0.4
+    mask[..., 0] = False
+    return mask
+
+
+def additive(*shape: int) -> Tensor:
+    return torch.randn(shape).masked_fill(may_not(*shape), -INFINITY)
+
+
+def masks(mask, padding, batch=B):
+    """The keywords for one of each kind of mask; None for none."""
+    shapes = {"2-D": (M, N), "3-D": (batch * HEADS, M, N)}
+    padded = (N,) if batch == 1 else (batch, N)
+    found = {
+        "attn_mask": mask and (may_not if "bool" in mask else additive)(*shapes[mask[:3]]),
+        "key_padding_mask": padding and (may_not if padding == "bool" else additive)(*padded),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+KINDS_OF_MASK = [
+    ("2-D bool", None),
+    ("2-D float", None),
+    ("3-D bool", None),
+    ("3-D float", None),
+    (None, "bool"),
+    (None, "float"),
+    ("2-D bool", "bool"),
+    ("3-D float", "float"),
+]
+
+
+@pytest.mark.parametrize("weights", [{"need_weights": False}, {"need_weights": True}], ids=["no weights", "weights"])
+@pytest.mark.parametrize("mask, padding", KINDS_OF_MASK)
+@pytest.mark.parametrize("backend", SERVING)
+def test_masks(backend, mask, padding, weights, device):
+    theirs = torch_module().to(device)
+    given = {name: value.to(device) for name, value in masks(mask, padding).items()}
+    assert_like_torch(theirs, backend, inputs(theirs), **given, **weights)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
+@pytest.mark.parametrize("mask, padding", [("2-D bool", "float"), ("3-D float", "bool")])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_of_two_kinds_join(backend, mask, padding):
+    theirs = torch_module()
+    assert_like_torch(theirs, backend, inputs(theirs), **masks(mask, padding))
+
+
+@pytest.mark.parametrize("mask, padding", [("2-D bool", "bool"), ("3-D float", "float")])
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_masks_with_extra_keys_and_no_batch(backend, weights, mask, padding):
+    theirs = torch_module(add_bias_kv=True, add_zero_attn=True)
+    assert_like_torch(theirs, backend, inputs(theirs, "unbatched"), **masks(mask, padding, batch=1), **weights)
+
+
+@pytest.mark.parametrize("padding", [None, "float"])
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("flags", [{}, {"add_bias_kv": True}], ids=["", "add_bias_kv"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_causal(backend, flags, weights, padding):
+    theirs = torch_module(**flags)
+    x, mask = inputs(theirs, "self"), nn.Transformer.generate_square_subsequent_mask(M)
+    padding = {"key_padding_mask": additive(B, M)} if padding else {}
+    assert_like_torch(theirs, backend, x, attn_mask=mask, is_causal=True, **padding, **weights)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("mode", ["float32", "half", "autocast"])
+def test_lower_precision_is_as_exact_as_torchs(mode, weights):
+    theirs = torch_module(embed_dim=24)
+    given = [torch.randn(rows, 4, 24) for rows in (33, 17, 17)]
+    if mode == "half":
+        theirs, given = theirs.half(), [t.half() for t in given]
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        actual, eager = (results(module, given, **weights) for module in (ours(theirs, "reference"), theirs))
+    exact = results(copy.deepcopy(theirs).double(), [t.double() for t in given], **weights)
+    assert_within(actual, exact, eager)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("flags", [{}, {"add_bias_kv": True, "add_zero_attn": True}], ids=["", "extra keys"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_gives_torchs_dtypes(backend, flags, weights):
+    theirs = torch_module(**flags)
+    given, mask = inputs(theirs), torch.randn(M, N)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = (results(m, given, attn_mask=mask, **weights) for m in (ours(theirs, backend), theirs))
+    assert {name: t.dtype for name, t in actual.items()} == {name: t.dtype for name, t in expected.items()}
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("backend", ["reference", "auto", pytest.param("triton", marks=pytest.mark.kernels)])
+def test_a_sequence_of_padding_alone_gives_zeros_and_finite_gradients(backend, weights, kind, device):
+    module = ours(torch_module(), backend).to(device)
+    padding = torch.zeros(B, N, dtype=torch.bool, device=device)
+    padding[1] = True
+    if kind == "float":
+        padding = torch.zeros(B, N, device=device).masked_fill(padding, -INFINITY)
+    found = results(module, inputs(module), key_padding_mask=padding, **weights)
+    torch.testing.assert_close(found["out"][:, 1], module.out_proj.bias.expand(M, E))
+    assert "weights" not in found or not found["weights"][1].any()
+    assert all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_the_same_seed_makes_the_same_parameters(flags):
+    flags = {"embed_dim": E, "num_heads": HEADS} | flags
+    torch.manual_seed(3)
+    theirs = nn.MultiheadAttention(**flags)
+    torch.manual_seed(3)
+    module = seqcore.nn.MultiheadAttention(**flags)
+    assert list(module.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), theirs.parameters(), strict=True))
+    torch.manual_seed(4)
+    theirs._reset_parameters()
+    torch.manual_seed(4)
+    module._reset_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_state_dicts_load_both_ways(flags):
+    theirs = torch_module(**flags)
+    module = seqcore.nn.MultiheadAttention(**{"embed_dim": E, "num_heads": HEADS} | flags)
+    module.load_state_dict(theirs.state_dict())
+    back = torch_module(**flags)
+    back.load_state_dict(module.state_dict())
+    for parameters in zip(theirs.parameters(), module.parameters(), back.parameters(), strict=True):
+        assert all(torch.equal(parameters[0], other) for other in parameters[1:])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_are_equal_and_apart(duplicate):
+    module = ours(torch_module(), "reference")
+    twin, given = duplicate(module), inputs(module)
+    assert type(twin) is seqcore.nn.MultiheadAttention and twin.backend == "reference"
+    assert torch.equal(twin(*given)[0], module(*given)[0])
+    with torch.no_grad():
+        module.in_proj_weight.zero_()
+    assert twin.in_proj_weight.any()
+
+
+def test_the_class_swaps_in_place_and_back():
+    module = torch_module()
+    before, given = dict(module.named_parameters()), inputs(module)
+    expected = module(*given)
+    module.__class__ = seqcore.nn.MultiheadAttention
+    assert all(parameter is before[name] for name, parameter in module.named_parameters())
+    assert module.backend is None and isinstance(module, nn.MultiheadAttention)
+    torch.testing.assert_close(module(*given), expected)
+    module.__class__ = nn.MultiheadAttention
+    assert module._qkv_same_embed_dim
+    assert all(torch.equal(a, b) for a, b in zip(module(*given), expected, strict=True))
+
+
+def test_repr_names_a_backend_of_its_own():
+    assert "backend='reference'" in repr(seqcore.nn.MultiheadAttention(E, HEADS, backend="reference"))
+    assert "backend" not in repr(seqcore.nn.MultiheadAttention(E, HEADS))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_in_training_keeps_the_expectation(backend):
+    module = ours(torch_module(dropout=0.5, batch_first=True), backend)
+    query, key, value = (torch.randn(1, rows, E).expand(1000, -1, -1) for rows in (3, 5, 5))
+    with torch.no_grad():
+        expected, expected_weights = module(query[:1], key[:1], value[:1])
+        module.train()
+        for found, exact in zip(module(query, key, value), (expected, expected_weights), strict=True):
+            deviation = found.std(0) / len(found) ** 0.5
+            assert ((found.mean(0) - exact[0]).abs() < 5 * deviation).all()
+        assert not torch.equal(module(query, key, value, need_weights=False)[0][0], expected[0])
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bias_kv": True}], ids=["", "add_bias_kv"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_the_weights_returned_are_the_dropped_ones(backend, flags):
+    """Values that are rows of the identity, projected by it, let the output show the weights that were used."""
+    rows, keys = 5, 7
+    identity, options = torch.eye(E), {"dropout": 0.5, "bias": False, "num_heads": 1, "batch_first": True}
+    module = ours(torch_module(**options, **flags), backend).train()
+    with torch.no_grad():
+        module.in_proj_weight[2 * E :] = identity
+        module.out_proj.weight.copy_(identity)
+        if flags:
+            module.bias_v.copy_(identity[keys])
+        value = identity[:keys].expand(B, keys, E)
+        out, weights = module(torch.randn(B, rows, E), torch.randn(B, keys, E), value)
+    assert (weights == 0).any() and (weights != 0).any()
+    torch.testing.assert_close(out[..., : weights.shape[-1]], weights)
+
+
+@pytest.mark.kernels
+def test_triton_refuses_dropout_in_training_and_serves_evaluation(device):
+    module = ours(torch_module(dropout=0.5), "triton").to(device)
+    given = inputs(module)
+    module(*given)
+    with pytest.raises(UnsupportedInput, match="no kernel has dropout"):
+        module.train()(*given)
+
+
+@pytest.mark.kernels
+def test_triton_refuses_a_mask_that_takes_a_gradient(device):
+    module = ours(torch_module(), "triton").to(device)
+    mask = torch.zeros(M, N, device=device, requires_grad=True)
+    with pytest.raises(UnsupportedInput, match="no kernel has mask with gradient"):
+        module(*inputs(module), attn_mask=mask)
+    with torch.no_grad():
+        module(*inputs(module), attn_mask=mask)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_takes_gradients(backend):
+    theirs = torch_module().double()
+    given, mask = [t.double() for t in inputs(theirs)], torch.randn(M, N, dtype=torch.float64, requires_grad=True)
+    actual, expected = (
+        torch.autograd.grad(module(*given, attn_mask=mask)[0].square().sum(), mask)
+        for module in (ours(theirs, backend), theirs)
+    )
+    torch.testing.assert_close(actual, expected)

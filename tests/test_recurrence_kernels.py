@@ -1,0 +1,335 @@
+"""The recurrence kernels, on a GPU or interpreted: alone, and in every module, against torch.nn and the reference."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from seqcore import functional, use_backend
+from seqcore.kernels.activations import sigmoid, tanh
+from seqcore.ops.recurrence import _Launcher
+from seqcore.reference.bptt import PLAIN, SAVED
+from seqcore.reference.recurrence import GATES
+from seqcore.testing.budget import assert_within_budget
+
+from .recurrence_twins import (
+    CELLS,
+    FLAGS,
+    SINGLE,
+    assert_alike,
+    keep_off_the_kink,
+    mapped,
+    ours,
+    packed,
+    problem,
+    results,
+)
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """The yardstick in float32 is float32, on a GPU too."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+# --- activations ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def activations_kernel(x_ptr, tanh_ptr, sigmoid_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N, other=0.0)
+    tl.store(tanh_ptr + offs, tanh(x), mask=offs < N)
+    tl.store(sigmoid_ptr + offs, sigmoid(x), mask=offs < N)
+
+
+def activations(x):
+    """tanh and sigmoid of ``x`` as the kernels compute them."""
+    found = torch.empty_like(x), torch.empty_like(x)
+    activations_kernel[(-(-x.numel() // 1024),)](x, *found, x.numel(), BLOCK=1024)
+    return found
+
+
+def whole_range(device):
+    """Both signs of magnitudes from the least normal float32 to the greatest, and of a fine grid where curves bend."""
+    magnitudes = torch.cat([torch.logspace(-37.9, 38.5, 4000, dtype=torch.float64), torch.linspace(0, 20, 4001)])
+    return torch.cat([magnitudes, -magnitudes]).float().to(device)
+
+
+def relative_error(actual, exact):
+    return ((actual.double() - exact) / exact).nan_to_num(0).abs().max().item()
+
+
+# NumPy, under the interpreter, warns of what is right: e^x is infinite, inf - inf is NaN.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_tanh_over_the_whole_range(device):
+    x = whole_range(device)
+    assert relative_error(activations(x)[0], x.double().tanh()) <= 2 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_sigmoid_over_the_whole_range(device):
+    x = whole_range(device)
+    actual, exact = activations(x)[1], x.double().sigmoid()
+    normal = exact >= torch.finfo(torch.float32).tiny
+    # Where sigmoid is small it is e^x, whose relative error grows with |x|.
+    allowed = torch.finfo(torch.float32).eps * (2 + x.double().abs())
+    assert ((actual.double() - exact).abs() <= allowed * exact)[normal].all()
+    assert (actual[~normal] <= torch.finfo(torch.float32).tiny).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_activations_of_special_values(device):
+    inf = float("inf")
+    x = torch.tensor([inf, -inf, 0.0, -0.0, 100.0, -100.0, float("nan")], device=device)
+    tanh_x, sigmoid_x = activations(x)
+    torch.testing.assert_close(tanh_x[:6], torch.tensor([1, -1, 0, -0.0, 1, -1], device=device), rtol=0, atol=0)
+    torch.testing.assert_close(
+        sigmoid_x[:4], torch.tensor([1, 0, 0.5, 0.5], device=device, dtype=x.dtype), rtol=0, atol=0
+    )
+    assert tanh_x[6].isnan() and sigmoid_x[6].isnan()
+
+
+# --- one pointwise step --------------------------------------------------------------------------------------------
+
+
+def pointwise_problem(cell, batch, hidden, dtype, device):
+    """Arguments of one step forward and backward; x_gates and h are rows of wider tensors."""
+    like = {"dtype": dtype, "device": device}
+    gates = GATES[cell] * hidden
+    x_gates = torch.randn(batch, gates + 7, **like)[:, :gates]
+    h = torch.randn(batch, hidden + 3, **like)[:, :hidden]
+    h_gates = torch.randn(batch, gates, **like)
+    c = torch.randn(batch, hidden, device=device) if cell == "lstm" else None
+    dh = torch.randn(batch, hidden, device=device)
+    dc = torch.randn(batch, hidden, device=device) if cell == "lstm" else None
+    return x_gates, h_gates, h, c, dh, dc
+
+
+def pointwise_results(math, cell, x_gates, h_gates, h, c, dh, dc, saved=None):
+    """One step forward and backward by ``math``, by name. ``saved``, if given, is what backward starts from."""
+    batch, hidden = h.shape
+    own = torch.empty(batch, SAVED[cell] * hidden, dtype=h.dtype, device=h.device)
+    new_h, new_c = math.forward(cell, x_gates, h_gates, h, c, own)
+    dx_gates = torch.empty(batch, GATES[cell] * hidden, dtype=h.dtype, device=h.device)
+    dh_gates = torch.empty_like(dx_gates) if cell == "gru" else dx_gates
+    # Backward starts from the same new_c everywhere: c, which is as good as any.
+    direct, dc_in = math.backward(cell, own if saved is None else saved, h, c, c, dh, dc, dx_gates, dh_gates)
+    found = {"h": new_h, "c": new_c, "saved": own, "x_gates": dx_gates, "h_gates": dh_gates, "dh": direct, "dc": dc_in}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize("batch, hidden", [(1, 1), (5, 3), (17, 31), (1, 65), (5, 129)])
+@pytest.mark.parametrize("cell", GATES)
+def test_pointwise_step(cell, batch, hidden, kernel_dtype, device):
+    arguments = pointwise_problem(cell, batch, hidden, kernel_dtype, device)
+    double = [None if t is None else t.double() for t in arguments]
+    saved = pointwise_results(PLAIN, cell, *arguments)["saved"]
+    actual = pointwise_results(_Launcher(), cell, *arguments, saved=saved)
+    exact = pointwise_results(PLAIN, cell, *double, saved=saved.double())
+    eager = pointwise_results(PLAIN, cell, *arguments, saved=saved)
+    assert actual.keys() == exact.keys()
+    for name, value in actual.items():
+        assert_within_budget(value, exact[name], eager[name], name)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_nan_goes_through_the_pointwise_step(cell, device):
+    x_gates, h_gates, h, c, _, _ = pointwise_problem(cell, 2, 3, torch.float32, device)
+    x_gates[0] = float("nan")
+    new_h, _ = _Launcher().forward(cell, x_gates, h_gates, h, c, None)
+    assert new_h[0].isnan().all() and new_h[1].isfinite().all()
+
+
+# --- whole modules -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_flag(cell, flags, kernel_dtype, device):
+    twin, x, hx = problem(cell, dtype=kernel_dtype, device=device, **FLAGS[flags])
+    assert_alike(ours(twin, "triton"), twin, x, hx)
+
+
+@pytest.mark.parametrize("T, B, I, H", [(1, 1, 1, 1), (7, 1, 3, 65), (1, 17, 4, 3)])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
+def test_odd_shapes(cell, T, B, I, H, device):
+    twin, x, hx = problem(cell, T, B, I, H, device=device)
+    assert_alike(ours(twin, "triton"), twin, x, hx)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_default_state_and_unbatched_input(cell, kernel_dtype, device):
+    twin, x, _ = problem(cell, dtype=kernel_dtype, device=device)
+    assert_alike(ours(twin, "triton"), twin, x)
+    assert_alike(ours(twin, "triton"), twin, x[:, 0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed(cell, kernel_dtype, device):
+    twin, x, hx = problem(cell, dtype=kernel_dtype, device=device, bidirectional=True)
+    assert_alike(ours(twin, "triton"), twin, packed(x, [2, 3, 1, 3, 2]), hx)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_masked(cell, kernel_dtype, device):
+    twin, x, hx = problem(cell, T=4, dtype=kernel_dtype, device=device, bidirectional=True)
+    lengths = torch.tensor([2, 4, 0, 1, 3], device=device)
+    reset = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 1], [0, 0, 0, 0, 1]], device=device).bool()
+    assert_alike(ours(twin, "triton"), ours(twin, "reference"), x, hx, lengths=lengths, reset=reset)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm_proj"])
+def test_strided_inputs_weights_and_states(cell, device):
+    twin, x, hx = problem(cell, device=device)
+    x, hx = (mapped(lambda t: t.transpose(0, -1).contiguous().transpose(0, -1), value) for value in (x, hx))
+    module = ours(twin, "triton")
+    for name, weight in list(module.named_parameters()):
+        wider = torch.cat([weight.detach(), weight.detach()], -1)
+        setattr(module, name, torch.nn.Parameter(wider[..., : weight.shape[-1]]))
+    assert not x.is_contiguous() and not module.weight_hh_l0.is_contiguous()
+    assert_alike(module, twin, x, hx)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty_batch(cell, device):
+    twin, x, hx = problem(cell, B=0, device=device, bidirectional=True)
+    found = results(ours(twin, "triton"), x, hx)
+    assert found["y"].shape == (3, 0, 2 * (twin.proj_size or 31))
+    assert all(not value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("cell", SINGLE)
+def test_cells(cell, kernel_dtype, device):
+    kind, options = SINGLE[cell]
+    twin = kind(4, 31, **options, dtype=kernel_dtype, device=device)
+    x = torch.randn(5, 4, dtype=kernel_dtype, device=device)
+    hx = torch.randn(5, 31, dtype=kernel_dtype, device=device)
+    if cell == "rnn_relu":
+        keep_off_the_kink(twin)
+        x, hx = x.abs(), hx.abs()
+    hx = (hx, hx.flip(0)) if cell == "lstm" else hx
+    module = ours(twin, "triton")
+    assert_alike(module, twin, x, hx)
+    assert_alike(module, twin, x)
+    assert_alike(module, twin, x[0], mapped(lambda t: t[0], hx))
+    bare = kind(4, 31, bias=False, **options, dtype=kernel_dtype, device=device)
+    bare.load_state_dict(twin.state_dict(), strict=False)
+    assert_alike(ours(bare, "triton"), bare, x, hx)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_double_backward(cell, device):
+    twin, x, _ = problem(cell, T=2, H=7, device=device)
+    x.requires_grad_()
+
+    def penalty(module):
+        (slope,) = torch.autograd.grad(module(x)[0].square().sum(), [x], create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), list(module.parameters()), materialize_grads=True)
+
+    kernels, reference = ours(twin, "triton"), ours(twin, "reference")
+    eager = penalty(reference)
+    actual = penalty(kernels)
+    x = x.detach().double().requires_grad_()
+    for name, *gradients in zip(dict(twin.named_parameters()), actual, penalty(reference.double()), eager, strict=True):
+        assert_within_budget(*gradients, name)
+
+
+# --- repeatability, and nothing touched that is not the kernel's ---------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_repeats_are_bitwise_equal(cell, device):
+    twin, x, hx = problem(cell, device=device, bidirectional=True)
+    module = ours(twin, "triton")
+    first, second = results(module, x, hx), results(module, x, hx)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+GUARD = 64
+SENTINEL = -1234.0
+
+
+class Guards:
+    """Tensors that stand in the middle of larger buffers of SENTINEL."""
+
+    def __init__(self):
+        self.buffers = []
+
+    def place(self, shape, dtype, device):
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 2 * GUARD,), SENTINEL, dtype=dtype, device=device)
+        self.buffers.append((buffer, size))
+        return buffer[GUARD : GUARD + size].fill_(float("nan")).view(shape)
+
+    def copy(self, tensor):
+        return self.place(tensor.shape, tensor.dtype, tensor.device).copy_(tensor.detach())
+
+    def assert_untouched(self):
+        for buffer, size in self.buffers:
+            assert (buffer[:GUARD] == SENTINEL).all() and (buffer[GUARD + size :] == SENTINEL).all()
+
+
+@pytest.fixture
+def guarded_outputs(monkeypatch):
+    """Whatever the operators allocate gets guard bands."""
+    guards, empty, empty_like = Guards(), torch.empty, torch.empty_like
+
+    def guarded_empty(*shape, dtype=None, device=None, **options):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if dtype is None or not dtype.is_floating_point or options:
+            return empty(shape, dtype=dtype, device=device, **options)
+        return guards.place(shape, dtype, device)
+
+    def guarded_empty_like(tensor, dtype=None, **options):
+        if not tensor.is_floating_point():
+            return empty_like(tensor, dtype=dtype, **options)
+        return guards.place(tensor.shape, dtype or tensor.dtype, tensor.device)
+
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    monkeypatch.setattr(torch, "empty_like", guarded_empty_like)
+    return guards
+
+
+@pytest.mark.parametrize("H", [3, 31])
+@pytest.mark.parametrize("cell", CELLS)
+def test_guard_bands_stay_untouched(cell, H, guarded_outputs, device):
+    twin, x, hx = problem(cell, H=H, device=device, bidirectional=True)
+    module = ours(twin, "triton")
+    expected = results(module, x, hx)
+    inputs = Guards()
+    for name, weight in list(module.named_parameters()):
+        setattr(module, name, torch.nn.Parameter(inputs.copy(weight)))
+    x, hx = mapped(inputs.copy, x), mapped(inputs.copy, hx)
+    found = results(module, x, hx)
+    assert len(guarded_outputs.buffers) > 20
+    guarded_outputs.assert_untouched()
+    inputs.assert_untouched()
+    # The guards of the inputs would show, too, had they been read.
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_inputs_are_not_written(device):
+    twin, x, hx = problem("lstm", device=device)
+    module = ours(twin, "triton")
+    before = [t.clone() for t in (x, *hx, *module.parameters())]
+    results(module, x, hx)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, *hx, *module.parameters()), strict=True))
+
+
+def test_backend_of_forward_serves_backward_too(device, monkeypatch):
+    twin, x, _ = problem("gru", device=device)
+    launches = []
+    backward = _Launcher.backward
+    monkeypatch.setattr(_Launcher, "backward", lambda *arguments: launches.append(0) or backward(*arguments))
+    with use_backend("triton"):
+        y, _ = functional.gru(x.requires_grad_(), None, list(twin.parameters()))
+    with use_backend("reference"):
+        y.sum().backward()
+    assert len(launches) == x.shape[0]

@@ -1,0 +1,146 @@
+"""The recurrence operators as torch.library sees them, and the autograd.Function around them."""
+
+import pytest
+import torch
+
+from seqcore.autograd import recurrence as autograd
+from seqcore.autograd.recurrence import RecurrenceFunction, Settings
+from seqcore.ops import recurrence as ops
+from seqcore.reference.recurrence import GATES, group
+
+T, B, I, H = 4, 3, 2, 5
+DOUBLE = {"dtype": torch.float64}
+BATCH_SIZES = torch.tensor([3, 2, 2, 1])
+MASKS = torch.tensor([4, 2, 1]), torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.3
+
+# cell, directions, bias, projection or 0, (batch_sizes, lengths, reset)
+LAYERS = {
+    "rnn_tanh": ("rnn_tanh", 1, True, 0, (None, None, None)),
+    "rnn_relu_masked": ("rnn_relu", 2, False, 0, (None, *MASKS)),
+    "gru_packed": ("gru", 2, True, 0, (BATCH_SIZES, None, None)),
+    "lstm": ("lstm", 2, True, 0, (None, None, None)),
+    "lstm_proj_masked": ("lstm", 2, True, 3, (None, *MASKS)),
+}
+
+
+def layer(name, hidden=H, **options):
+    """The settings, the tensors x, h0, c0 or None and weights, and the layout of one of ``LAYERS``."""
+    cell, directions, bias, projection, layout = LAYERS[name]
+    gates, outputs = GATES[cell] * hidden, projection or hidden
+    shapes = [(gates, I), (gates, outputs), *([(gates,), (gates,)] if bias else [])]
+    shapes += [(outputs, hidden)] if projection else []
+    weights = [torch.randn(shape, **options) for _ in range(directions) for shape in shapes]
+    x = torch.randn(*((int(BATCH_SIZES.sum()),) if layout[0] is not None else (T, B)), I, **options)
+    c0 = torch.randn(directions, B, hidden, **options) if cell == "lstm" else None
+    return Settings(cell, directions, bias), x, torch.randn(directions, B, outputs, **options), c0, weights, layout
+
+
+def forward_arguments(name, save, **options):
+    settings, x, h0, c0, weights, layout = layer(name, **options)
+    return (settings.cell, x, h0, c0, weights, settings.directions, settings.bias, *layout, save)
+
+
+@pytest.mark.parametrize("save", [True, False], ids=["save", "no_save"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward_operator(name, save):
+    torch.library.opcheck(ops.forward.default, forward_arguments(name, save))
+
+
+@pytest.mark.parametrize("need_dx", [True, False], ids=["dx", "no_dx"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_backward_operator(name, need_dx):
+    arguments = forward_arguments(name, True)
+    y, h_n, c_n, saved, cells = ops.forward(*arguments)
+    dc_n = torch.randn_like(c_n) if c_n.numel() else None
+    grads = torch.randn_like(y), torch.randn_like(h_n), dc_n
+    torch.library.opcheck(ops.backward.default, (*arguments[:-1], y, saved, cells, *grads, need_dx))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_fake_results_match_real_ones_in_every_dtype(dtype):
+    arguments = forward_arguments("lstm_proj_masked", True, dtype=dtype)
+    real = ops.forward(*arguments)
+    grads = [torch.ones_like(t) for t in real[:3]]
+    real_backward = ops.backward(*arguments[:-1], real[0], *real[3:], *grads, True)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        fake = ops.forward(*arguments)
+        fake_backward = ops.backward(*arguments[:-1], fake[0], *fake[3:], *grads, True)
+    for found, expected in zip(
+        (*fake, *fake_backward[:3], *fake_backward[3]), (*real, *real_backward[:3], *real_backward[3]), strict=True
+    ):
+        assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+# --- the autograd.Function -----------------------------------------------------------------------------------------
+
+
+def function_and_inputs(name, hidden, **options):
+    """A function of the layer's differentiable tensors to its differentiable results, and those tensors."""
+    settings, x, h0, c0, weights, layout = layer(name, hidden, **DOUBLE, **options)
+
+    def run(x, h0, *rest):
+        c0, weights = (None, rest) if settings.cell != "lstm" else (rest[0], rest[1:])
+        y, h_n, c_n, _, _ = RecurrenceFunction.apply(settings, True, x, h0, c0, *layout, *weights)
+        return (y, h_n) if c0 is None else (y, h_n, c_n)
+
+    return run, [t.requires_grad_() for t in (x, h0, c0, *weights) if t is not None]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_first_and_second_order(name):
+    run, inputs = function_and_inputs(name, hidden=2 if LAYERS[name][3] == 0 else 4)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_backward_twice_over_a_kept_graph(name):
+    run, inputs = function_and_inputs(name, H)
+    loss = sum(out.square().sum() for out in run(*inputs))
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_create_graph_gives_the_same_gradients(name):
+    run, inputs = function_and_inputs(name, H)
+    plain = torch.autograd.grad(sum(out.square().sum() for out in run(*inputs)), inputs)
+    with_graph = torch.autograd.grad(sum(out.square().sum() for out in run(*inputs)), inputs, create_graph=True)
+    torch.testing.assert_close(plain, with_graph)
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2)], ids=["y", "h_n", "c_n", "y_and_c_n"])
+@pytest.mark.parametrize("create_graph", [False, True], ids=["hand_written", "reference"])
+def test_loss_from_some_results_only(used, create_graph):
+    run, inputs = function_and_inputs("lstm", H)
+    loss = sum(run(*inputs)[index].square().sum() for index in used)
+    every = run(*inputs)
+    expected = sum((out.square().sum() if index in used else out.sum() * 0) for index, out in enumerate(every))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, inputs, create_graph=create_graph), torch.autograd.grad(expected, inputs)
+    )
+
+
+@pytest.mark.parametrize("wanted", ["x", "h0", "c0", "weights"])
+@pytest.mark.parametrize("create_graph", [False, True], ids=["hand_written", "reference"])
+def test_gradient_for_some_inputs_only(wanted, create_graph):
+    run, inputs = function_and_inputs("lstm", H)
+    expected = dict(zip(("x", "h0", "c0", "weights"), torch.autograd.grad(run(*inputs)[0].sum(), inputs), strict=False))
+    index = ("x", "h0", "c0", "weights").index(wanted)
+    alone = [t.detach().requires_grad_(i == index) for i, t in enumerate(inputs)]
+    (gradient,) = torch.autograd.grad(run(*alone)[0].sum(), [alone[index]], create_graph=create_graph)
+    torch.testing.assert_close(gradient, expected[wanted])
+
+
+@pytest.mark.parametrize("grad_enabled", [True, False])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_forward_saves_only_for_a_backward_that_may_come(monkeypatch, grad_enabled, wanted):
+    settings, x, h0, c0, weights, layout = layer("lstm")
+    asked = []
+    forward = ops.forward
+    monkeypatch.setattr(ops, "forward", lambda *arguments: asked.append(arguments[-1]) or forward(*arguments))
+    with torch.set_grad_enabled(grad_enabled):
+        grouped = group(weights, settings.directions, settings.bias)
+        autograd.layer(settings, x.requires_grad_(wanted), h0, c0, *layout, grouped)
+    assert asked == [grad_enabled and wanted]
