@@ -1,4 +1,4 @@
-"""The two errors seqcore raises of its own accord. Both say what was wrong, what was given, what is allowed, what next."""
+"""The two errors seqcore raises. Both say what was wrong, what was given, what is allowed, and what to do next."""
 
 
 class InvalidInput(ValueError, RuntimeError):

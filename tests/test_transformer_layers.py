@@ -11,7 +11,7 @@ from seqcore.testing.budget import assert_within_budget
 
 from .attention_twins import Results, assert_equal_in_float64, cotangents
 
-BACKENDS = ["aten", "reference", "auto"]
+BACKENDS = ["aten", "auto"]
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""The ``torch.autograd.Function``s: forward and backward through the operators, double backward through the reference."""
+"""The ``torch.autograd.Function``s: backward through the operators, double backward through the reference."""

@@ -92,5 +92,7 @@ def layer(
     """One layer through the operators, differentiable: y, h_n and c_n, as ``reference.recurrence.layer``."""
     flat = [w for direction in weights for w in direction if w is not None]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat))
-    y, h_n, c_n, _, _ = RecurrenceFunction.apply(settings, save, x, h0, c0, batch_sizes, lengths, reset, *flat)
+    # Where no gradient is wanted Dynamo takes a Function of so many arguments to have no setup_context, and fails.
+    run = RecurrenceFunction.apply if save else RecurrenceFunction.forward
+    y, h_n, c_n, _, _ = run(settings, save, x, h0, c0, batch_sizes, lengths, reset, *flat)
     return y, h_n, None if c0 is None else c_n

@@ -12,7 +12,7 @@ from .. import backends
 from ..autograd import attention as autograd
 from ..reference import attention as reference
 from .attention_checks import Problem, check_attention
-from .autocast import cast
+from .autocast import cast, target_dtype
 
 
 def scaled_dot_product_attention(
@@ -139,7 +139,7 @@ def _request(problem: Problem, return_lse: bool) -> backends.Request:
         family="attention",
         operation="attention",
         device=backends.describe(problem.query.device),
-        dtype=cast(problem.query)[0].dtype,
+        dtype=target_dtype(problem.query),
         features=tuple(name for name, present in features.items() if present),
         head_dim=max(problem.query.shape[-1], problem.value.shape[-1]),
         transformed=backends.transforms_active(),

@@ -3,18 +3,16 @@
 import torch
 from torch import Tensor
 
+from ..reference.precision import autocasting
 
-def autocasting(device_type: str) -> bool:
-    """Whether autocast is on for a device; torch raises where it has none, as for "meta"."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+def target_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype a tensor is computed in: autocast's where it is on for its device; float64 and non-floats stay."""
+    if autocasting(tensor.device.type) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
 
 
 def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is enabled for their device, float64 and non-floats left as they are."""
-    kind = next(t.device.type for t in tensors if t is not None)
-    if not autocasting(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
+    """The tensors in the dtypes they are computed in."""
+    return tuple(None if t is None else t.to(target_dtype(t)) for t in tensors)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import backends
 from ..autograd import recurrence as autograd
 from ..reference import recurrence as reference
-from .autocast import cast
+from .autocast import cast, target_dtype
 from .recurrence_checks import Problem, check_cell, check_sequence
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -159,7 +159,7 @@ def _request(problem: Problem) -> backends.Request:
         family="recurrence",
         operation=problem.cell,
         device=backends.describe(problem.x.device),
-        dtype=problem.autocast_dtype,
+        dtype=target_dtype(problem.x),
         features=tuple(name for name, present in features.items() if present),
         transformed=backends.transforms_active(),
     )

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import InvalidInput
 from ..reference.recurrence import GATES, Weights, group
+from .autocast import target_dtype
 
 
 @dataclass
@@ -27,14 +28,6 @@ class Problem:
     packed: PackedSequence | None = None
     batch_first: bool = False
     unbatched: bool = False
-
-    @property
-    def autocast_dtype(self) -> torch.dtype:
-        """The dtype the math will run in."""
-        kind, dtype = self.x.device.type, self.x.dtype
-        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-            return torch.get_autocast_dtype(kind)
-        return dtype
 
     def finish(self, y: Tensor, h_n: Tensor, c_n: Tensor | None):
         """The results in the layout the caller's input had."""
@@ -198,8 +191,7 @@ def _check_alike(name: str, role: str, what: str, x: Tensor, other: Tensor) -> N
     if not other.is_floating_point() or not x.is_floating_point():
         raise InvalidInput(f"{name}: needs floating point, got input {x.dtype} and {what} {other.dtype}")
     # Autocast brings all dtypes together but float64, which it leaves as it is.
-    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, other.dtype)
-    if other.dtype != x.dtype and not casts:
+    if target_dtype(other) != target_dtype(x):
         raise InvalidInput(
             f"{name}: input dtype ({x.dtype}) does not match {role} dtype ({other.dtype}, {what}). "
             f"Convert input: input.to({other.dtype}), or convert the other: .to({x.dtype})"

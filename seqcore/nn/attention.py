@@ -33,8 +33,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     Source: Vaswani et al. (2017); https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html
     """
 
-    # A class-level default, so that an instance made by torch.nn and given this class works.
+    # Class-level defaults, so that an instance made by torch.nn and given this class works.
     backend: str | None = None
+    _inside_torch: bool = False
 
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
         if backend is not None:
@@ -59,8 +60,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """False unless torch's own code is to run: its Transformer layers ask this before they pass our forward by."""
-        same = self.__dict__["_qkv_same_embed_dim"]
-        return same and ("_inside_torch" in self.__dict__ or resolve(self.backend) == "aten")
+        if self._inside_torch:
+            return self.__dict__["_qkv_same_embed_dim"]
+        return self.in_proj_weight is not None and resolve(self.backend) == "aten"
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, same: bool) -> None:

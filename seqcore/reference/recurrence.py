@@ -37,13 +37,13 @@ class Weights(NamedTuple):
 
 
 def group(weights: Sequence[Tensor], directions: int, bias: bool) -> list[Weights]:
-    """One layer's parameters, flat in the order of ``Weights`` with absent ones left out, as one ``Weights`` a direction."""
+    """One layer's parameters, flat in the order of ``Weights`` without absent ones, as one ``Weights`` a direction."""
     count = len(weights) // directions
     grouped = []
-    for d in range(directions):
-        w_ih, w_hh, *rest = weights[d * count : (d + 1) * count]
-        b_ih, b_hh = (rest.pop(0), rest.pop(0)) if bias else (None, None)
-        grouped.append(Weights(w_ih, w_hh, b_ih, b_hh, rest[0] if rest else None))
+    for first in range(0, len(weights), count):
+        w_ih, w_hh, *others = weights[first : first + count]
+        biases, others = (others[:2], others[2:]) if bias else ((None, None), others)
+        grouped.append(Weights(w_ih, w_hh, *biases, others[0] if others else None))
     return grouped
 
 

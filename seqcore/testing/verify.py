@@ -139,7 +139,9 @@ def _run_recurrence(cell: str) -> Callable[[Results, str], Results]:
 
 
 def _attentions(device: torch.device) -> Iterator[Case]:
-    sizes = [(37, 20, 20), (20, 37, 40)] if INTERPRETED else [(333, 517, 64), (517, 333, 128), (130, 257, 96), (65, 190, 256)]
+    sizes = [(333, 517, 64), (517, 333, 128), (130, 257, 96), (65, 190, 256)]
+    if INTERPRETED:
+        sizes = [(37, 20, 20), (20, 37, 40)]
     backward = "attention_backward_delta_kernel, attention_backward_{}_kernel"
     kernels = {"default": "attention_forward_kernel", "dq": backward.format("dq")}
     kernels |= dict.fromkeys(("dk", "dv"), backward.format("dkdv"))

@@ -1,0 +1,184 @@
+"""Attention in torch.compile(fullgraph=True) and torch.export: one operator in the graph, the same numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+import seqcore
+from seqcore import functional
+
+from .attention_twins import assert_equal_in_float64, qkv, results
+
+# Dynamo makes an instance of an autograd Function for itself, of which torch's own eager mode warns.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+DOUBLE = {"dtype": torch.float64}
+FORWARD = torch.ops.seqcore.attention_forward.default
+B, H, M, N, E = 2, 4, 5, 7, 12
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+
+
+def compiled(function, graphs=None, **options):
+    """``function`` as one graph; every graph handed to the compiler is also appended to ``graphs``."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def keep(graph, inputs):
+        if graphs is not None:
+            graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    return torch.compile(function, backend=keep, fullgraph=True, **options)
+
+
+def operators(graphs):
+    """How many forward operators there are; a Function that takes gradients is a graph within the graph."""
+    inner = [module for graph in graphs for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+    return sum(str(node.target) == "seqcore.attention_forward" for graph in inner for node in graph.graph.nodes)
+
+
+MASK = torch.linspace(-3, 3, M * N, **DOUBLE).reshape(M, N)
+ON_THE_OPERATOR = {
+    "plain": {},
+    "causal": {"causal": "top_left", "scale": 0.3},
+    "bool mask": {"attn_mask": MASK < 1, "return_lse": True},
+    "additive mask": {"attn_mask": MASK, "causal": "lower_right"},
+    "groups": {"enable_gqa": True},
+}
+ON_THE_REFERENCE = {
+    "window": {"window": (2, 1), "softcap": 3.0},
+    "lengths": {"query_lengths": torch.tensor([3, 5]), "key_lengths": torch.tensor([7, 2]), "causal": "lower_right"},
+    "vectors": {"sinks": torch.zeros(H, **DOUBLE), "alibi_slopes": torch.ones(H, **DOUBLE)},
+    "dropout": {"dropout_p": 0.5, "dropout_seed": 3},
+    "named": {"backend": "reference", "return_lse": True},
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_OPERATOR | ON_THE_REFERENCE)
+def test_function_compiles_whole_with_its_backward(name):
+    options = (ON_THE_OPERATOR | ON_THE_REFERENCE)[name]
+    inputs, graphs = qkv(B, H, heads_kv=2 if options.get("enable_gqa") else H, M=M, N=N, **DOUBLE), []
+    actual = results(compiled(functional.attention, graphs), *inputs, **options)
+    assert_equal_in_float64(actual, results(functional.attention, *inputs, **options))
+    assert len(graphs) == 1 and operators(graphs) == (name in ON_THE_OPERATOR)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lower_precision_compiles_to_the_same_bits(dtype):
+    inputs = qkv(B, H, dtype=dtype)
+    actual = results(compiled(functional.attention), *inputs, return_lse=True, backend="reference")
+    expected = results(functional.attention, *inputs, return_lse=True, backend="reference")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+FLAGS = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "extra keys": {"add_bias_kv": True, "add_zero_attn": True},
+    "widths": {"kdim": 4, "vdim": 5, "batch_first": True},
+}
+
+
+def module_and_inputs(flags, backend=None):
+    module = seqcore.nn.MultiheadAttention(E, H, backend=backend, **flags, **DOUBLE)
+    shapes = ((M, B, E), (N, B, module.kdim), (N, B, module.vdim))
+    inputs = [torch.randn(shape, **DOUBLE) for shape in shapes]
+    return module, [t.transpose(0, 1) for t in inputs] if module.batch_first else inputs
+
+
+def module_results(module, function, inputs, **keywords):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out, weights = function(*leaves, **keywords)
+    loss = out.square().sum() + (0 if weights is None else weights.square().sum())
+    wanted = [*leaves, *module.parameters()]
+    gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)
+    found = {"out": out} | ({} if weights is None else {"weights": weights})
+    return found | {f"gradient {i}": g for i, g in enumerate(gradients)}
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "no weights"])
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_module_compiles_whole_with_its_backward(flags, weights):
+    module, inputs = module_and_inputs(flags)
+    graphs, padding = [], torch.arange(N).expand(B, N) > torch.tensor([[3], [N]])
+    keywords = {"need_weights": weights, "key_padding_mask": padding}
+    actual = module_results(module, compiled(module, graphs), inputs, **keywords)
+    assert_equal_in_float64(actual, module_results(module, module, inputs, **keywords))
+    assert len(graphs) == 1 and operators(graphs) == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+def test_module_compiles_on_a_named_backend(backend):
+    module, inputs = module_and_inputs({}, backend)
+    graphs = []
+    actual = module_results(module, compiled(module, graphs), inputs)
+    assert_equal_in_float64(actual, module_results(module, module, inputs))
+    assert operators(graphs) == 0
+
+
+def test_dropout_compiles_and_draws_anew():
+    module, inputs = module_and_inputs({"dropout": 0.5})
+    run = compiled(module)
+    first, second = run(*inputs)[1], run(*inputs)[1]
+    assert not torch.equal(first, second)
+    assert (first == 0).any() and (first != 0).any()
+
+
+def test_a_transformer_layer_compiles_whole():
+    layer = nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True, **DOUBLE)
+    layer.self_attn.__class__ = seqcore.nn.MultiheadAttention
+    x, graphs = torch.randn(B, M, E, **DOUBLE), []
+    for training in (True, False):
+        layer.train(training)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(layer, graphs)(x), layer(x))
+    assert operators(graphs) == 2
+
+
+def test_one_compile_serves_every_length():
+    graphs, compiles = [], None
+    run = compiled(functional.attention, graphs, dynamic=True)
+    for m, n in ((5, 7), (9, 4), (33, 12), (2, 2)):
+        inputs = qkv(B, H, M=m, N=n, **DOUBLE)
+        torch.testing.assert_close(run(*inputs), functional.attention(*inputs))
+        # Dynamo may start the first compile over.
+        compiles = compiles or len(graphs)
+    assert len(graphs) == compiles
+
+
+def test_under_autocast():
+    inputs = qkv(B, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = compiled(functional.attention)(*inputs, return_lse=True)
+        expected = functional.attention(*inputs, return_lse=True)
+    assert [t.dtype for t in actual] == [torch.bfloat16, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "no weights"])
+def test_module_exports_with_the_operator(weights):
+    module, inputs = module_and_inputs({})
+    program = torch.export.export(module.eval(), tuple(inputs), {"need_weights": weights})
+    assert [node.target for node in program.graph.nodes].count(FORWARD) == 1
+    actual, expected = program.module()(*inputs, need_weights=weights), module(*inputs, need_weights=weights)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_export_with_a_dynamic_length():
+    class Attend(nn.Module):
+        def forward(self, query, key, value):
+            return functional.attention(query, key, value, causal="lower_right")
+
+    rows, keys = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("keys", min=2, max=64)
+    shapes = ({2: rows}, {2: keys}, {2: keys})
+    program = torch.export.export(Attend(), qkv(B, H, **DOUBLE), dynamic_shapes=shapes)
+    inputs = qkv(B, H, M=11, N=9, **DOUBLE)
+    torch.testing.assert_close(program.module()(*inputs), functional.attention(*inputs, causal="lower_right"))
+
+
+def test_a_backend_that_cannot_serve_says_so_while_compiling():
+    with pytest.raises(Exception, match="cannot serve this attention"):
+        compiled(functional.attention)(*qkv(B, H), window=(1, 1), backend="aten")
