@@ -15,5 +15,6 @@ setup(
     license="BSD-3-Clause",
     packages=library + kernels,
     package_dir={"seqcore": "seqcore", "seqcore.kernels": "kernels"},
+    include_package_data=False,  # only what is named here, not whatever lies in the folders
     package_data={"seqcore": ["py.typed", "testing/*.json"], "seqcore.kernels": ["tuned/*.json"]},
 )

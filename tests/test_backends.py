@@ -252,6 +252,8 @@ def test_triton_refuses_torch_func_transforms_and_auto_serves_them(device):
     torch.testing.assert_close(found, expected)
 
 
+# Forward-mode AD scripts some of torch's own decompositions.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 def test_torch_func_transforms_reach_through_auto():
     query, key, value = qkv(B, H, dtype=torch.float64)
     lengths = torch.tensor([3, N])

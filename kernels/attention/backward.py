@@ -8,13 +8,12 @@ Source: Dao, FlashAttention-2 (2023), section 3.1.2, with the log-sum-exp's own 
 import triton
 import triton.language as tl
 
-from ..activations import LOG2_E
 from .scores import load_rows, score_tile, split_program, store_rows, visible_keys
 
 
 @triton.jit
 def _probabilities(scores, row_max, row_scale):
-    """P from base-2 scores and what forward left of each row; scores rebuilt in other tiles may pass row_max by a rounding."""
+    """P from base-2 scores and what forward kept; scores rebuilt in other tiles may pass row_max by a rounding."""
     base = tl.where(row_max == float("-inf"), 0.0, row_max)
     return tl.exp2(tl.minimum(scores - base[:, None], 0.0)) * row_scale[:, None]
 
@@ -150,7 +149,7 @@ def attention_backward_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk [B, H_KV, N, D] and dv [B, H_KV, N, DV], contiguous, summed over each group; grid (B * H_KV * blocks of N,)."""
+    """dk [B, H_KV, N, D] and dv [B, H_KV, N, DV], contiguous, a group's summed; grid (B * H_KV * blocks of N,)."""
     batch_head, start_n = split_program(N, BLOCK_N)
     batch = batch_head // H_KV
     head_kv = batch_head % H_KV
