@@ -155,15 +155,14 @@ def describe(device: torch.device) -> Device:
 
 def transforms_active() -> bool:
     """Whether a torch.func transform or forward-mode AD is under way, through which no opaque operator can pass."""
-    from torch.autograd import forward_ad
-
-    if forward_ad._current_level >= 0:
+    # Dynamo can trace this; neither a comparison of levels with None nor the stack's depth can it in every torch.
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
         return True
     if torch.compiler.is_compiling():
-        # A constant to Dynamo, as the check below is not; but before torch 2.13 it breaks the graph, and a compiled
-        # vmap over a recurrence then fails.
-        return torch.__version__ >= (2, 13) and torch._C._functorch.get_dynamic_layer_stack_depth() > 0
-    return torch._C._functorch.maybe_current_level() is not None
+        return False
+    from torch.autograd import forward_ad
+
+    return forward_ad._current_level >= 0
 
 
 def _missing(request: Request, served: dict[str, set[str]]) -> list[str]:

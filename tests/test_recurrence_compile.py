@@ -244,7 +244,6 @@ TRANSFORMS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="Dynamo sees no transforms before torch 2.13")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_torch_func_inside(transform):
     twin, x, _ = problem("lstm", dtype=torch.float64)

@@ -156,6 +156,15 @@ def test_lengths_do_what_packing_does(cell):
     torch.testing.assert_close(state, packed_state)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_reset_cuts_off_what_is_not_finite(cell):
+    _, module = reference_twins(cell)
+    x = torch.randn(T, B, I, **DOUBLE)
+    x[2, 0] = float("nan")
+    y, _ = module(x, reset=(torch.arange(T) == 4)[:, None].expand(T, B))
+    assert y[2:4, 0].isnan().all() and y[4:].isfinite().all() and y[:, 1:].isfinite().all()
+
+
 def test_masks_follow_batch_first():
     time_major = torch_module("gru", bidirectional=True, **DOUBLE)
     module = ours(time_major, "reference")

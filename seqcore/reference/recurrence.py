@@ -154,8 +154,9 @@ def direction(
         h_in, c_in = h[:active], None if c is None else c[:active]
         cut = None if reset is None else cut_before(reset, lengths, t, reverse)
         if cut is not None:
-            keep = ~cut[:, None]
-            h_in, c_in = h_in * keep, None if c_in is None else c_in * keep
+            # Not by multiplying: a state that has become infinite or NaN is cut off, too.
+            h_in = h_in.masked_fill(cut[:, None], 0)
+            c_in = None if c_in is None else c_in.masked_fill(cut[:, None], 0)
         new_h, new_c = _advance(cell, x_gates[steps.rows(t)], h_in, c_in, weights)
         outputs[t] = new_h
         if lengths is not None:
