@@ -28,6 +28,8 @@ PASSED, FAILED, OVERRAN = "passed", "failed", "overran"
 # After the limit a stage is interrupted, so that it can still write what it has; after the grace it is killed.
 GRACE_SECONDS = 20
 KEPT_LINES = 40
+# Stages that run the benchmarks: which suites, and their seconds. Each writes a file of its name, and the report anew.
+MEASURED = {"floors": (("floors",), 120), "bench": (("recurrence", "bottleneck"), 530), "models": (("models",), 200)}
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,23 @@ class Outcome:
 
 def stages(out: Path, tiny: bool) -> list[Stage]:
     """The stages in their order: what makes all else worthless first."""
-    python, sizes = [sys.executable, "-m"], "tiny" if tiny else "gpu"
-    junit, tests, verified, bench = (out / name for name in ("tests.xml", "tests.json", "verify.json", "bench.json"))
+    python = [sys.executable, "-m"]
+    junit, tests, verified = (out / name for name in ("tests.xml", "tests.json", "verify.json"))
     # tests/test_benchmarks.py runs this program, and is left to `pytest tests`.
     pytest = [*python, "pytest", "tests", "--ignore=tests/test_benchmarks.py", "-q", f"--junitxml={junit}"]
     verify = [*python, "seqcore", "verify", "--out", str(verified)]
-    benchmarks = [*python, "benchmarks", "--sizes", sizes, "--out", str(out), "--no-plots"]
     return [
         Stage("tests", pytest, 500, (junit, tests), lambda: summarize_tests(junit, tests)),
         Stage("verify", verify, 500, (verified,), lambda: summarize_verify(verified)),
-        Stage("bench", benchmarks, 500, (bench, out / "report.md"), lambda: summarize_bench(bench)),
+        *(_measuring(name, suites, limit_s, out, tiny) for name, (suites, limit_s) in MEASURED.items()),
     ]
+
+
+def _measuring(name: str, suites: tuple[str, ...], limit_s: float, out: Path, tiny: bool) -> Stage:
+    data, others = out / f"{name}.json", [f"{other}.json" for other in MEASURED if other != name]
+    command = [sys.executable, "-m", "benchmarks", "--suite", *suites, "--sizes", "tiny" if tiny else "gpu"]
+    command += ["--out", str(out), "--json", data.name, "--also", *others, "--no-plots"]
+    return Stage(name, command, limit_s, (data, out / "report.md"), lambda: summarize_bench(data))
 
 
 def summarize_tests(junit: Path, out: Path) -> str:

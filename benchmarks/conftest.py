@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from benchmarks.environment import BUSY_CORES, busy_cores, environment
+from benchmarks.floors import FloorMeter
 from benchmarks.rows import add_roofs
-from benchmarks.shapes import SIZES, Sizes, choose_sizes
+from benchmarks.shapes import SIZES, Case, Sizes, choose_sizes
 from benchmarks.timing import RoofMeter, Stopwatch
 
 MARKS = {
     "bottleneck": "layer against layer: what stepping through time costs",
+    "recurrence": "recurrences against torch.nn's, and beside their floors",
+    "floors": "what waiting, exchanging, copying, multiplying and launching cost here",
     "models": "character models trained on real text",
     "forward": "inference",
     "training": "forward and backward",
@@ -71,6 +74,11 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
     }
 
 
+def parameters(cases: list[Case]) -> list:
+    """Cases as pytest's parameters, marked by their pass."""
+    return [pytest.param(case, id=case.id, marks=getattr(pytest.mark, case.pass_)) for case in cases]
+
+
 def config_sizes(config: pytest.Config) -> Sizes:
     return choose_sizes(config.getoption("sizes"))
 
@@ -118,13 +126,18 @@ def describe(sizes: Sizes) -> Callable[[], dict]:
 
 
 @pytest.fixture(scope="session")
-def in_time(sizes: Sizes) -> Callable[[str], None]:
-    """Skip the rest of a sweep once its share of the suite's time is spent."""
+def floor_meter(sizes: Sizes, stopwatch: Stopwatch) -> FloorMeter | None:
+    """This GPU's floors; None on a CPU, where programs that wait for each other do not run at the same time."""
+    return FloorMeter(stopwatch) if sizes.device == "cuda" else None
+
+
+@pytest.fixture(scope="module")
+def in_time() -> Callable[[float], None]:
+    """Skip what would begin more than that many seconds after its suite did."""
     begin = time.monotonic()
 
-    def check(sweep: str) -> None:
-        limit = sizes.sweep_ends(sweep)
+    def check(limit: float) -> None:
         if time.monotonic() - begin > limit:
-            pytest.skip(f"out of time: the {limit:g} s up to the end of this sweep are spent")
+            pytest.skip(f"out of time: the {limit:g} s up to here are spent")
 
     return check

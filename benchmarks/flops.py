@@ -20,29 +20,43 @@ class Work:
 
 
 def work(op: str, pass_: str, shape: dict[str, int], element_size: int) -> Work:
-    """The work of one layer, ``op`` being rnn, gru, lstm or attention, and ``pass_`` forward or training."""
+    """The work of one layer, ``op`` being rnn, gru, lstm or attention, and ``pass_`` forward or training.
+
+    A recurrence's shape may also tell ``directions``, ``blocks`` of its recurrent weights, and, if not every sequence
+    has T steps, how many ``tokens`` there are.
+    """
     T, B, I, H = (shape[name] for name in "TBIH")
+    tokens, directions = shape.get("tokens", T * B), shape.get("directions", 1)
     if op == "attention":
         flops = attention_flops(T, B, H, pass_)
         weights = 4 * H * H
     else:
-        flops = recurrence_flops(GATES[op], T, B, I, H, pass_)
-        weights = GATES[op] * H * (I + H)
+        flops = recurrence_flops(GATES[op], shape, pass_)
+        weights = directions * GATES[op] * H * (I + H // shape.get("blocks", 1))
     # Input read and output written once, weights read once. Training also reads dy, writes dx and writes the
     # gradients of the weights: each tensor a second time.
-    tensors = T * B * (I + H) + weights
+    tensors = tokens * (I + directions * H) + weights
     traffic = tensors * element_size * (2 if pass_ == "training" else 1)
     return Work(flops, traffic, dependent_steps(op, T, pass_))
 
 
-def recurrence_flops(gates: int, T: int, B: int, I: int, H: int, pass_: str) -> float:
-    """Products of one layer, one direction.
+def recurrence_flops(gates: int, shape: dict[str, int], pass_: str) -> float:
+    """Products of one layer.
 
     Each step multiplies [B, I] and [B, H] with G·H columns: 2·B·G·H·(I + H). Backward multiplies once for the
     gradient of the input and state and once for that of the weights, each as large as the forward product.
     """
-    forward = 2 * T * B * gates * H * (I + H)
-    return forward * (3 if pass_ == "training" else 1)
+    T, H = shape["T"], shape["H"]
+    tokens, directions = shape.get("tokens", T * shape["B"]), shape.get("directions", 1)
+    of_input = 2 * tokens * gates * H * shape["I"] * directions
+    return (of_input + T * recurrent_flops(gates, shape)) * (3 if pass_ == "training" else 1)
+
+
+def recurrent_flops(gates: int, shape: dict[str, int]) -> float:
+    """The product with the state, in one step (the average one, if not all have B rows): 2·B·G·H·H/N, N blocks."""
+    T, H = shape["T"], shape["H"]
+    rows = shape.get("tokens", T * shape["B"]) / T
+    return 2 * rows * gates * H * (H // shape.get("blocks", 1)) * shape.get("directions", 1)
 
 
 def attention_flops(T: int, B: int, E: int, pass_: str, causal: bool = True) -> float:

@@ -2,16 +2,19 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 import seqcore.nn
 from benchmarks.shapes import RECURRENCES, Case, Sizes
 from seqcore.testing.budget import assert_within_budget
 
 TORCH = "torch.nn"
+# torch.nn has no block-diagonal weights: its layer with the same, and zeros around them, takes their place.
+DENSE = "torch.nn, dense"
 MODULES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "attention": "MultiheadAttention"}
 
 
@@ -24,12 +27,17 @@ def make(provider: str, name: str, *arguments, **options) -> nn.Module:
 
 @dataclass
 class Layer:
-    """One layer as a function of [T, B, H], with what it takes to differentiate it."""
+    """One layer as a function of [T, B, H], or of packed rows [R, H], with what it takes to differentiate it."""
 
     module: nn.Module
-    mask: Tensor | None
+    mask: Tensor | None = None
+    batch_sizes: Tensor | None = None
+    # Whose recurrent weights are dense only because the module knows no others.
+    dense_blocks: int = 1
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.batch_sizes is not None:
+            return self.module(PackedSequence(x, self.batch_sizes))[0].data
         if self.mask is None:
             return self.module(x)[0]
         # torch asks for the mask beside the hint, and with the hint never reads it.
@@ -44,14 +52,48 @@ class Layer:
         x = x.detach().requires_grad_()
         parameters = dict(self.module.named_parameters())
         found = torch.autograd.grad(self(x), [x, *parameters.values()], dy)
-        return dict(zip(["x", *parameters], found, strict=True))
+        gradients = dict(zip(["x", *parameters], found, strict=True))
+        if self.dense_blocks > 1:
+            gradients |= {
+                name: blocks_of(gradient, self.dense_blocks)
+                for name, gradient in gradients.items()
+                if name.startswith("weight_hh")
+            }
+        return gradients
 
-    def shortened(self, T: int) -> "Layer":
-        return self if self.mask is None else Layer(self.module, self.mask[:T, :T])
+    def sample(self, x: Tensor, T: int, B: int) -> tuple["Layer", tuple]:
+        """The layer for the first T steps of B of x's sequences, spread over the batch, and the index that takes
+        their part of x, y and their gradients."""
+        if self.batch_sizes is None:
+            sequences = _spread(x.shape[1], B)
+            mask = None if self.mask is None else self.mask[:T, :T]
+            return replace(self, mask=mask), (slice(T), sequences.to(x.device))
+        sizes = self.batch_sizes[:T]
+        sequences = _spread(int(sizes[0]), B)
+        present = sequences < sizes[:, None]  # [T, B]
+        rows = (sizes.cumsum(0) - sizes)[:, None] + sequences
+        return replace(self, batch_sizes=present.sum(1)), (rows[present].to(x.device),)
 
     def in_float64(self) -> "Layer":
         mask = None if self.mask is None else self.mask.double()
-        return Layer(copy.deepcopy(self.module).double(), mask)
+        return replace(self, module=copy.deepcopy(self.module).double(), mask=mask)
+
+
+def _spread(count: int, wanted: int) -> Tensor:
+    """At most ``wanted`` of ``count`` indices, from the first to the last, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
+
+
+def dense(w_hh: Tensor) -> Tensor:
+    """Block-diagonal [G, N, H/N, H/N] as the [G*H, H] it stands for."""
+    return torch.cat([torch.block_diag(*gate) for gate in w_hh])
+
+
+def blocks_of(w_hh: Tensor, blocks: int) -> Tensor:
+    """The reverse of ``dense``: the blocks on each gate's diagonal of [G*H, H]."""
+    gates, units = w_hh.shape[0] // w_hh.shape[1], w_hh.shape[1] // blocks
+    by_blocks = w_hh.view(gates, blocks, units, blocks, units)
+    return by_blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def causal_mask(T: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -62,26 +104,38 @@ def build_layers(case: Case, sizes: Sizes) -> dict[str, Layer]:
     """The case's layer from every provider that takes part, ours first, all with the same weights."""
     dtype = getattr(torch, case.dtype)
     torch.manual_seed(0)
+    arguments, options, mask, ours_alone = (case.H, case.heads), {}, None, {}
     if case.op in RECURRENCES:
-        arguments, mask = (case.H, case.H), None
+        arguments, options = (case.H, case.H), {"bidirectional": case.directions == 2}
+        ours_alone = {"blocks": case.blocks, "recompute": case.recompute}
     else:
-        arguments, mask = (case.H, case.heads), causal_mask(case.T, sizes.device, dtype)
+        mask = causal_mask(case.T, sizes.device, dtype)
+    batch_sizes = torch.tensor(case.batch_sizes) if case.packed else None
     layers, weights = {}, None
     for provider in (sizes.ours, *sizes.peers):
         if case.T > sizes.peer_limits.get(provider, case.T):
             continue
-        module = make(provider, MODULES[case.op], *arguments, device=sizes.device, dtype=dtype)
+        more = {} if provider == TORCH else ours_alone
+        module = make(provider, MODULES[case.op], *arguments, device=sizes.device, dtype=dtype, **options, **more)
         weights = module.state_dict() if weights is None else weights
-        module.load_state_dict(weights)
-        layers[provider] = Layer(module, mask)
+        if provider == TORCH and case.blocks > 1:
+            fitting = {name: dense(w) if name.startswith("weight_hh") else w for name, w in weights.items()}
+            module.load_state_dict(fitting)
+            layers[DENSE] = Layer(module, mask, batch_sizes, case.blocks)
+        else:
+            module.load_state_dict(weights)
+            layers[provider] = Layer(module, mask, batch_sizes)
     return layers
 
 
 def make_data(case: Case, device: str) -> tuple[Tensor, Tensor]:
     """Input, and the gradient of the output."""
     generator = torch.Generator(device).manual_seed(1)
-    shape, dtype = (case.T, case.B, case.H), getattr(torch, case.dtype)
-    x, dy = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    rows, dtype = (sum(case.batch_sizes),) if case.packed else (case.T, case.B), getattr(torch, case.dtype)
+    x, dy = (
+        torch.randn(*rows, width, generator=generator, device=device, dtype=dtype)
+        for width in (case.H, case.directions * case.H)
+    )
     return x, dy
 
 
@@ -93,19 +147,24 @@ def passes(case: Case, layer: Layer, x: Tensor, dy: Tensor) -> Callable[[], obje
 def check(case: Case, sizes: Sizes, ours: Layer, torchs: Layer, x: Tensor, dy: Tensor) -> dict[str, int]:
     """Raise AssertionError unless ours is within the error budget; say at which shape it was compared.
 
-    float64 is slow, and at great length its scores fill the memory, so the comparison covers the first steps and
-    rows only. All these layers are causal, so the beginning of ours at full size is compared; gradients depend
-    on the whole sequence, so theirs are compared on the shorter one.
+    float64 is slow, and at great length its scores fill the memory, so the comparison covers some of the batch and,
+    of causal layers, the first steps. Ours always runs at full size, as it is timed: where only those steps and
+    sequences have a gradient, all gradients are those of the short problem.
     """
-    T, B = min(case.T, sizes.check_T), min(case.B, sizes.check_B)
-    short_x, short_dy = x[:T, :B].contiguous(), dy[:T, :B].contiguous()
-    exact_x, exact_dy = short_x.double(), short_dy.double()
-    eager = torchs.shortened(T)
+    causal = case.directions == 1
+    T, B = min(case.T, sizes.check_T) if causal else case.T, min(case.B, sizes.check_B)
+    eager, part = torchs.sample(x, T, B)
     exact = eager.in_float64()
-    output = ours.forward(x)[:T, :B]
-    assert_within_budget(output, exact.forward(exact_x), eager.forward(short_x), f"{case.id}: output")
+    short_x, short_dy = x[part], dy[part]
+    exact_x, exact_dy = short_x.double(), short_dy.double()
+    assert_within_budget(
+        ours.forward(x)[part], exact.forward(exact_x), eager.forward(short_x), f"{case.id}: output"
+    )
     if case.pass_ == "training":
-        found = ours.shortened(T).gradients(short_x, short_dy)
+        only_part = torch.zeros_like(dy)
+        only_part[part] = short_dy
+        found = ours.gradients(x, only_part)
+        found["x"] = found["x"][part]
         plain = eager.gradients(short_x, short_dy)
         for name, value in exact.gradients(exact_x, exact_dy).items():
             assert_within_budget(found[name], value, plain[name], f"{case.id}: gradient of {name}")
@@ -138,6 +197,20 @@ class SavedBytes:
         return sum(self.sizes.values())
 
 
+def kept_bytes(layer: Layer, x: Tensor) -> int:
+    """Bytes that forward leaves behind for backward: on a GPU all that stays allocated, its output included."""
+    x = x.detach().requires_grad_()
+    if x.is_cuda:
+        before = torch.cuda.memory_allocated()
+        y = layer(x)
+        kept = torch.cuda.memory_allocated() - before
+        del y
+        return kept
+    with SavedBytes(x, *layer.module.parameters()) as saved:
+        layer(x)
+    return saved.total
+
+
 def memory(case: Case, layer: Layer, x: Tensor, dy: Tensor) -> tuple[int | None, str | None]:
     """Bytes one pass needs beyond weights, input and gradient of the output, and how that was counted."""
     if x.is_cuda:
@@ -148,7 +221,4 @@ def memory(case: Case, layer: Layer, x: Tensor, dy: Tensor) -> tuple[int | None,
         return torch.cuda.max_memory_allocated() - before, "peak allocated"
     if case.pass_ == "forward":
         return None, None
-    x = x.detach().requires_grad_()
-    with SavedBytes(x, *layer.module.parameters()) as saved:
-        layer(x)
-    return saved.total, "saved for backward"
+    return kept_bytes(layer, x), "saved for backward"

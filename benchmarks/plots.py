@@ -1,6 +1,7 @@
 """Plots of a run, each as PNG and SVG. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import matplotlib as mpl
@@ -52,6 +53,7 @@ def draw_all(results: Results, out: Path) -> list[Path]:
             ("time_over_length", time_over_length),
             ("time_of_a_step", time_of_a_step),
             ("rate_over_batch", rate_over_batch),
+            ("ratio_over_width", ratio_over_width),
             ("loss_over_time", loss_over_time),
         ):
             figure = draw(results)
@@ -65,8 +67,8 @@ def draw_all(results: Results, out: Path) -> list[Path]:
     return written
 
 
-def machine_name(results: Results) -> str:
-    machine, first = results.machine, results.rows[0].info
+def machine_name(results: Results, suite: str) -> str:
+    machine, first = results.machine, results.select(suite=suite)[0].info
     threads = machine.get("threads")
     name = machine.get("gpu") or f"{machine.get('cpu')}, {threads} thread{'' if threads == 1 else 's'}"
     return f"{name} · {first['dtype']} · torch {machine.get('torch')}"
@@ -146,7 +148,7 @@ def _panels(
         low, high = ax.get_ylim()
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0), numticks=12))
         _name_ends(ax, names)
-    _caption(figure, results, title)
+    _caption(figure, results, title, "bottleneck")
     return figure
 
 
@@ -201,6 +203,34 @@ def _spread(heights: list[float]) -> list[float]:
     return [height - push / 2 if push else height for height in placed]
 
 
+def ratio_over_width(results: Results) -> Figure | None:
+    """How many times as fast as torch.nn over H: a column for each pass, a colour for each layer, a dash for each B."""
+    rows = [row for row in results.select(suite="recurrence", sweep="grid") if row.info["ratio_p20"]]
+    widths = sorted({row.info["shape"]["H"] for row in rows})
+    if len(widths) < 2:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    dashes = dict(zip(sorted({row.B for row in rows}), ("-", "--", "-.", ":"), strict=False))
+    for ax, pass_ in zip(axes, PASSES, strict=True):
+        for op, (B, dash) in product(OPS, dashes.items()):
+            line = [row for row in rows if (row.op, row.B, row.info["pass"]) == (op, B, pass_)]
+            line.sort(key=lambda row: row.info["shape"]["H"])
+            if line:
+                places, (color, marker) = [row.info["shape"]["H"] for row in line], STYLES[op]
+                ax.plot(places, [row.info["ratio"] for row in line], dash, color=color, marker=marker, markersize=4.5,
+                        label=f"{NAMES[op]}, B = {B}")  # fmt: skip
+                low, high = ([row.info[end] for row in line] for end in ("ratio_p20", "ratio_p80"))
+                ax.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
+        ax.axhline(1.0, color="#444444", linewidth=0.8)
+        ax.set_xticks(widths, [f"{width:,}" for width in widths])
+        ax.set_xlabel("hidden size H")
+        ax.set_title(f"{pass_.capitalize()}, T = {rows[0].T:,}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    axes[0].set_ylabel(f"{TORCH}'s time / {OURS}'s (above 1 is faster)")
+    _caption(figure, results, f"Recurrences against {TORCH}", "recurrence")
+    return figure
+
+
 def loss_over_time(results: Results) -> Figure | None:
     """Held-out loss over the seconds of training; ours solid with marks, torch.nn dashed."""
     rows = results.select(suite="models")
@@ -222,10 +252,10 @@ def loss_over_time(results: Results) -> Figure | None:
     ax.set_ylabel("held-out loss (nats a character)")
     ax.set_title(f"{OURS} solid with marks, {TORCH} dashed")
     _name_ends(ax, ends)
-    _caption(figure, results, f"Loss over time, models of about equal size, on {rows[0].info['text']}")
+    _caption(figure, results, f"Loss over time, models of about equal size, on {rows[0].info['text']}", "models")
     return figure
 
 
-def _caption(figure: Figure, results: Results, title: str) -> None:
+def _caption(figure: Figure, results: Results, title: str, suite: str) -> None:
     note = "" if results.machine.get("gpu") else " · a CPU: says nothing about a GPU"
-    figure.suptitle(f"{title}\n{machine_name(results)}{note}", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(f"{title}\n{machine_name(results, suite)}{note}", x=0.01, ha="left", fontsize=11)

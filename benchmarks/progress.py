@@ -19,6 +19,8 @@ class Progress:
         self.done = 0
         self.total = 0
         self.failures: list[str] = []
+        # Why cases were skipped, each reason once.
+        self.reasons: dict[str, None] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.total = len(session.items)
@@ -37,6 +39,8 @@ class Progress:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self._fail(report.nodeid, report)
+        if report.skipped:
+            self.reasons[report.longrepr[-1].removeprefix("Skipped: ")] = None
         if report.when != "teardown":
             self.outcome = report.outcome
 

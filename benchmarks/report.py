@@ -1,43 +1,18 @@
 """The report: report.md and plots, from pytest-benchmark's JSON alone.
 
-``python -m benchmarks.report FILE.json [--out DIR] [--no-plots]``
+``python -m benchmarks.report FILE.json... [--out DIR] [--no-plots]``
 """
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import answers
+from benchmarks import answers, recurrence_report
 from benchmarks.answers import NAMES, PASS_NAMES, SWEEPS
 from benchmarks.layers import TORCH
 from benchmarks.rows import OURS, Results, Row
 from benchmarks.shapes import OPS, PASSES
-
-
-def table(header: list[str], lines: Iterable[list[str]]) -> str:
-    """A Markdown table, its first column to the left and all others to the right, aligned in plain text too."""
-    cells = [header, *lines]
-    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def row(line: list[str]) -> str:
-        first, *others = zip(line, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join([row(header), row(rule), *(row(line) for line in cells[1:])])
-
-
-def bytes_text(count: int | None) -> str:
-    if count is None:
-        return "-"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
-
-
-def number(value: float) -> str:
-    """Three digits that matter."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+from benchmarks.tables import bytes_text, number, table
 
 
 def times_table(results: Results, sweep: str, pass_: str) -> str:
@@ -98,15 +73,26 @@ def models_table(results: Results) -> str:
 
 
 def machine_lines(results: Results) -> list[str]:
-    machine, first = results.machine, results.rows[0].info
+    machine = results.machine
     named = ["gpu", "cpu", "cores", "threads", "driver", "cuda", "cudnn", "torch", "triton", "python", "commit"]
     lines = [f"- {name}: {machine[name]}" for name in named if machine.get(name) is not None]
     if machine.get("clocks"):
         clocks = ", ".join(f"{value:,.0f} {name.replace('_', ' ')}" for name, value in machine["clocks"].items())
         lines.append(f"- clocks at the end: {clocks}")
-    lines.append(f"- measured limits: {number(first['peak_tflops'])} TFLOP/s ({first['dtype']} matrix product), ")
-    lines[-1] += f"{number(first['copy_gb_per_s'])} GB/s (copy, reading and writing both counted)"
+    limits = next((row.info for row in results.rows if "peak_tflops" in row.info), None)
+    if limits:
+        lines.append(f"- measured limits: {number(limits['peak_tflops'])} TFLOP/s ({limits['peak_dtype']} product), ")
+        lines[-1] += f"{number(limits['copy_gb_per_s'])} GB/s (copy, reading and writing both counted)"
     return [*lines, f"- date: {results.date}"]
+
+
+def missing_lines(results: Results) -> list[str]:
+    """What was not measured and why, those of one reason together."""
+    found: dict[str, list[str]] = {}
+    for case in results.not_measured:
+        found.setdefault(f"{case['outcome']}, {case['reason']}", []).append(case["name"])
+    others = lambda names: f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"- {names[0]}{others(names)}: {reason}" for reason, names in found.items()]
 
 
 def report(results: Results, plots: list[Path]) -> str:
@@ -119,14 +105,16 @@ def report(results: Results, plots: list[Path]) -> str:
         ("Where attention stops being cheaper", [s for w in sweeps for s in answers.crossover_sentences(results, w)]),
         ("What a step costs beside attention", answers.step_sentences(results)),
         ("How much batch fills the machine", answers.filling_sentences(results)),
+        (f"Recurrences against {TORCH}", recurrence_report.sentences(results)),
         ("Trained on real text", answers.model_sentences(results)),
     ):
         if sentences:
             parts += [f"### {title}", "\n".join(f"- {sentence}" for sentence in sentences)]
     if plots:
         parts += ["## Plots", "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in plots)]
-    if sweeps or results.select(suite="models"):
+    if results.rows:
         parts += ["## Tables", READING]
+    parts += recurrence_report.tables(results)
     for sweep in sweeps:
         parts += [f"### Slope of log time over log T, {SWEEPS[sweep]}", slope_table(results, sweep)]
     for sweep, name in {**SWEEPS, "batch_sweep": "batch varied"}.items():
@@ -138,8 +126,7 @@ def report(results: Results, plots: list[Path]) -> str:
     if results.select(suite="models"):
         parts += ["### Models", models_table(results)]
     if results.not_measured:
-        missing = [f"- {case['name']}: {case['outcome']}, {case['reason']}" for case in results.not_measured]
-        parts += ["## Not measured", "\n".join(missing)]
+        parts += ["## Not measured", "\n".join(missing_lines(results))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -153,11 +140,11 @@ before. Before its time counted, every layer was compared with float64, over at 
 the error budget."""
 
 
-def write_report(source: Path, out: Path, with_plots: bool = True) -> tuple[Results, list[Path]]:
+def write_report(sources: list[Path], out: Path, with_plots: bool = True) -> tuple[Results, list[Path]]:
     """Write report.md and the plots into ``out``; say what was read, and which files were written."""
-    results = Results.load(source)
+    results = Results.load(*sources)
     if not results.rows:
-        raise ValueError(f"no rows of these benchmarks in {source}; make it with `python -m benchmarks`")
+        raise ValueError(f"no rows of these benchmarks in {sources[0]}; make it with `python -m benchmarks`")
     out.mkdir(parents=True, exist_ok=True)
     drawn: list[Path] = []
     if with_plots:
@@ -181,6 +168,8 @@ def print_summary(results: Results, written: list[Path]) -> None:
                 print(times_table(results, sweep, pass_))
         for sentence in answers.slope_sentences(results, sweep) + answers.crossover_sentences(results, sweep):
             print(f"- {sentence}")
+    for part in recurrence_report.summary(results):
+        print(f"\n{part}")
     if results.select(suite="models"):
         print(f"\n{models_table(results)}")
         print("\n".join(f"- {sentence}" for sentence in answers.model_sentences(results)))
@@ -193,12 +182,12 @@ def print_summary(results: Results, written: list[Path]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Draw the report again.")
-    parser.add_argument("json", type=Path, help="pytest-benchmark's JSON")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: beside the JSON)")
+    parser.add_argument("json", type=Path, nargs="+", help="pytest-benchmark's JSON, of one or more runs")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: beside the first)")
     parser.add_argument("--no-plots", action="store_true", help="tables and words only")
     options = parser.parse_args(arguments)
     try:
-        results, written = write_report(options.json, options.out or options.json.parent, not options.no_plots)
+        results, written = write_report(options.json, options.out or options.json[0].parent, not options.no_plots)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

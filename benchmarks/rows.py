@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.floors import layer_floor
 from benchmarks.flops import Work
 from benchmarks.timing import Roofs, Timing
 
@@ -26,7 +27,8 @@ def extra_info(
 ) -> dict:
     """One row: what was measured, and how fast ours and its peers were."""
     best_peer = min(peers, key=lambda name: peers[name].ms_p50)
-    tokens, seconds = shape["T"] * shape["B"], ours.ms_p50 / 1e3
+    tokens, seconds = shape.get("tokens", shape["T"] * shape["B"]), ours.ms_p50 / 1e3
+    by_round = peers[best_peer].over(ours) if ours.samples else None
     return {
         "suite": suite,
         "op": op,
@@ -39,6 +41,8 @@ def extra_info(
         "peers": {name: timing.ms_p50 for name, timing in peers.items()},
         "best_peer": best_peer,
         "ratio": peers[best_peer].ms_p50 / ours.ms_p50,
+        "ratio_p20": by_round and by_round.ms_p20,
+        "ratio_p80": by_round and by_round.ms_p80,
         "tokens_per_s": tokens / seconds,
         "us_per_step": ours.ms_p50 * 1e3 / shape["T"],
         "flops": work.flops,
@@ -53,8 +57,34 @@ def extra_info(
 def add_roofs(info: dict, roofs: Roofs) -> None:
     """Complete a row, once all is measured, by how near it came to the machine's limits."""
     info["floor_ms"], info["floor_kind"] = roofs.floor(info["flops"], info["bytes"])
+    if info.get("step_floors"):
+        parts = info["floor_parts"] = layer_floor(info, roofs)
+        info["floor_ms"], info["floor_kind"] = sum(parts.values()), max(parts, key=parts.__getitem__)
     info["percent_of_peak"] = 100 * info["tflops"] / roofs.tflops
     info["peak_tflops"], info["copy_gb_per_s"] = roofs.tflops, roofs.gigabytes_per_s
+    info["peak_dtype"] = roofs.dtype
+
+
+def floor_info(op: str, shape: dict[str, int], value: float, unit: str, timing: Timing, environment: dict) -> dict:
+    """A row of the floors suite: something without peers, that other rows are multiples of."""
+    return {
+        "suite": "floors",
+        "op": op,
+        "pass": "forward",
+        "dtype": None,
+        "shape": shape,
+        "ms_p20": timing.ms_p20,
+        "ms_p50": timing.ms_p50,
+        "ms_p80": timing.ms_p80,
+        "peers": {},
+        "best_peer": None,
+        "ratio": None,
+        "floor_ms": None,
+        "floor_kind": None,
+        "value": value,
+        "unit": unit,
+        **environment,
+    }
 
 
 @dataclass(frozen=True)
@@ -69,11 +99,11 @@ class Row:
 
     @property
     def T(self) -> int:
-        return self.info["shape"]["T"]
+        return self.info["shape"].get("T", 0)
 
     @property
     def B(self) -> int:
-        return self.info["shape"]["B"]
+        return self.info["shape"].get("B", 0)
 
     @property
     def tokens(self) -> int:
@@ -104,12 +134,20 @@ class Results:
     date: str
 
     @classmethod
-    def load(cls, path: Path) -> "Results":
-        """Read pytest-benchmark's JSON; rows of other suites are kept and ignored by what does not know them."""
-        found = json.loads(path.read_text())
-        rows = [Row(row["extra_info"]) for row in found["benchmarks"] if "suite" in row["extra_info"]]
-        ours = found.get("seqcore", {})
-        return cls(rows, ours.get("machine", {}), ours.get("not_measured", []), found.get("datetime", ""))
+    def load(cls, *paths: Path) -> "Results":
+        """Read pytest-benchmark's JSON; rows of other suites are kept and ignored by what does not know them.
+
+        Of several files the first tells machine and date; those from another commit or other kernels are left out.
+        """
+        all_found = [json.loads(path.read_text()) for path in paths]
+        machine = all_found[0].get("seqcore", {}).get("machine", {})
+        rows, not_measured = [], []
+        for found in all_found:
+            ours = found.get("seqcore", {})
+            if all(ours.get("machine", {}).get(key) == machine.get(key) for key in ("commit", "kernels")):
+                rows += [Row(row["extra_info"]) for row in found["benchmarks"] if "suite" in row["extra_info"]]
+                not_measured += ours.get("not_measured", [])
+        return cls(rows, machine, not_measured, all_found[0].get("datetime", ""))
 
     def select(self, **wanted) -> list[Row]:
         """Rows whose ``extra_info`` has these values, ``pass`` being spelled ``pass_``; by T, then B."""

@@ -26,7 +26,7 @@ def powers_of_two(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer at one size: one row of the bottleneck suite."""
+    """One layer at one size: one row of the bottleneck or the recurrence suite."""
 
     op: str
     pass_: str
@@ -36,15 +36,33 @@ class Case:
     H: int
     heads: int
     dtype: str
+    # Of a recurrence:
+    directions: int = 1
+    blocks: int = 1
+    packed: bool = False
+    recompute: bool = False
 
     @property
     def id(self) -> str:
-        return f"{self.op}-{self.pass_}-{self.sweep}-T{self.T}-B{self.B}"
+        return f"{self.op}-{self.pass_}-{self.sweep}-{self.dtype}-H{self.H}-T{self.T}-B{self.B}"
 
     @property
     def shape(self) -> dict[str, int]:
-        heads = {} if self.op in RECURRENCES else {"heads": self.heads}
-        return {"T": self.T, "B": self.B, "I": self.H, "H": self.H, **heads}
+        """What is not as usual is there only if it is not."""
+        found = {"T": self.T, "B": self.B, "I": self.H, "H": self.H}
+        if self.op not in RECURRENCES:
+            return {**found, "heads": self.heads}
+        unusual = {"directions": self.directions, "blocks": self.blocks}
+        found |= {name: count for name, count in unusual.items() if count > 1}
+        return {**found, "tokens": sum(self.batch_sizes)} if self.packed else found
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Rows of each step: B throughout, or, packed, of lengths that fall evenly from T to a quarter of it."""
+        if not self.packed:
+            return [self.B] * self.T
+        lengths = [self.T - b * 3 * self.T // (4 * max(self.B - 1, 1)) for b in range(self.B)]
+        return [sum(length > t for length in lengths) for t in range(self.T)]
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,8 @@ class Sizes:
     # Time for all contestants of one case together, and for the whole bottleneck suite.
     case_seconds: float
     suite_seconds: float
+    # For the whole recurrence suite.
+    recurrence_seconds: float
     models: ModelSizes = field(repr=False)
 
     def cases(self) -> list[Case]:
@@ -139,7 +159,8 @@ CPU = Sizes(
     peak_side=768,
     copy_bytes=2**26,
     case_seconds=0.2,
-    suite_seconds=95,
+    suite_seconds=80,
+    recurrence_seconds=15,
     models=ModelSizes(
         parameters=400_000,
         layers=2,
@@ -173,7 +194,8 @@ GPU = Sizes(
     peak_side=8192,
     copy_bytes=2**28,
     case_seconds=1.0,
-    suite_seconds=260,
+    suite_seconds=190,
+    recurrence_seconds=300,
     models=ModelSizes(
         parameters=20_000_000,
         layers=4,
@@ -209,6 +231,7 @@ TINY = Sizes(
     copy_bytes=2**20,
     case_seconds=0.01,
     suite_seconds=20,
+    recurrence_seconds=20,
     models=ModelSizes(
         parameters=8_000,
         layers=1,

@@ -36,10 +36,15 @@ class Timing:
     ms_p20: float
     ms_p50: float
     ms_p80: float
+    samples: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, samples: list[float]) -> "Timing":
-        return cls(*(percentile(samples, percent) for percent in (20, 50, 80)))
+        return cls(*(percentile(samples, percent) for percent in (20, 50, 80)), tuple(samples))
+
+    def over(self, other: "Timing") -> "Timing":
+        """How many times the other's milliseconds this one takes, round by round."""
+        return Timing.of([mine / its for mine, its in zip(self.samples, other.samples, strict=True)])
 
 
 class Stopwatch:
@@ -125,6 +130,8 @@ class Roofs:
 
     tflops: float
     gigabytes_per_s: float
+    # Of the matrices in the product.
+    dtype: str = ""
 
     def floor(self, flops: float, traffic: float) -> tuple[float, str]:
         """The least milliseconds this work can take, and which limit says so."""
@@ -146,7 +153,7 @@ class RoofMeter:
         target = torch.empty_like(source)
         self.stopwatch = stopwatch
         self.product, self.copy = lambda: a @ b, lambda: target.copy_(source)
-        self.flops, self.bytes = 2 * side**3, 2 * copy_bytes
+        self.flops, self.bytes, self.dtype = 2 * side**3, 2 * copy_bytes, dtype
         self.product_ms = self.copy_ms = float("inf")
 
     def sample(self, times: int) -> None:
@@ -156,4 +163,4 @@ class RoofMeter:
 
     @property
     def roofs(self) -> Roofs:
-        return Roofs(self.flops / (self.product_ms * 1e9), self.bytes / (self.copy_ms * 1e6))
+        return Roofs(self.flops / (self.product_ms * 1e9), self.bytes / (self.copy_ms * 1e6), self.dtype)

@@ -8,18 +8,32 @@ from pathlib import Path
 INTERPRETER = "interpreter"
 
 
+# Multiprocessors and bytes of shared memory a program may use, of each architecture's common data-centre part.
+TYPICAL = {
+    "sm_80": (108, 163 << 10),  # A100
+    "sm_90": (132, 227 << 10),  # H100, H200
+    "sm_100": (148, 227 << 10),  # B200
+    "gfx942": (304, 64 << 10),  # MI300X
+}
+
+
 @dataclass(frozen=True)
 class Device:
     """What the choice of a kernel needs to know of a device; make one by hand to ask about a GPU that is not here.
 
     ``arch`` is "sm_90", "gfx942", … or "interpreter"; ``shared_memory`` is bytes a program may use, ``registers``
-    the 32-bit registers of one multiprocessor.
+    the 32-bit registers of one multiprocessor. What is left 0 is that of the architecture's common data-centre part.
     """
 
     arch: str
-    multiprocessors: int = 1
-    shared_memory: int = 1 << 30
+    multiprocessors: int = 0
+    shared_memory: int = 0
     registers: int = 65536
+
+    def __post_init__(self) -> None:
+        multiprocessors, shared_memory = TYPICAL.get(self.arch, (1, 1 << 30))
+        object.__setattr__(self, "multiprocessors", self.multiprocessors or multiprocessors)
+        object.__setattr__(self, "shared_memory", self.shared_memory or shared_memory)
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,6 @@ def attention_tiles(operation: str, head_dim: int, dtype_bits: int, arch: str) -
     return Tiles(row["BLOCK_M"], row["BLOCK_N"], row["num_warps"], row["num_stages"])
 
 
-def pointwise_tiles(batch: int, hidden: int) -> Tiles:
-    """Tiles for the pointwise cell step, bound by memory: one row of 128 units a warp keeps loads wide."""
-    columns = min(128, power_of_two(hidden))
-    rows = min(4, power_of_two(batch, least=1))
-    return Tiles(rows, columns, num_warps=4, num_stages=1)
+def pointwise_tiles(rows: int, hidden: int) -> Tiles:
+    """Tiles for pointwise cell steps on many rows, bound by memory: 128 units a warp keep loads wide."""
+    return Tiles(min(4, power_of_two(rows, least=1)), min(128, power_of_two(hidden)), num_warps=4, num_stages=1)

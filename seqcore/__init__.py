@@ -6,12 +6,14 @@ as functions, ``seqcore.use_backend`` chooses who computes, ``seqcore.explain`` 
 
 from . import functional, nn
 from .backends import Explanation, explain, use_backend
+from .cells import Cell
 from .errors import InvalidInput, UnsupportedInput
 from .kernels.tuning import Device
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cell",
     "Device",
     "Explanation",
     "InvalidInput",

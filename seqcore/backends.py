@@ -14,13 +14,14 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .errors import InvalidInput, UnsupportedInput
 from .kernels import tuning
+from .kernels.recurrence import plan
 from .kernels.tuning import INTERPRETER, Device
 
 BACKENDS = ("auto", "triton", "aten", "reference")
@@ -35,7 +36,10 @@ MAX_HEAD_DIM = 256
 
 # What an operation may be asked for beyond its plain form, and which backend serves it. The reference serves all.
 TRITON_FEATURES = {
-    "recurrence": {"packed input", "lengths", "reset", "proj_size"},
+    "recurrence": {
+        "packed input", "lengths", "reset", "proj_size", "blocks", "grad_clip", "recompute", "return_cells",
+        "a cell of one's own", "a cell without reference_backward",
+    },
     "attention": {"causal top_left", "causal lower_right", "mask", "mask with causal", "grouped heads", "log-sum-exp"},
 }
 ATEN_FEATURES = {
@@ -49,7 +53,8 @@ class Request:
     """One call, as far as the choice of a backend needs to know it.
 
     ``family`` is "recurrence" or "attention", ``operation`` the function's name, ``features`` the names (keys of the
-    tables above) of what it asks beyond the plain operation, ``head_dim`` the larger of attention's two.
+    tables above) of what it asks beyond the plain operation, ``head_dim`` the larger of attention's two, ``shape``
+    what a recurrence's plan depends on (None in a compiled graph, where sizes may have no values).
     """
 
     family: str
@@ -58,6 +63,7 @@ class Request:
     dtype: torch.dtype
     features: tuple[str, ...] = ()
     head_dim: int = 0
+    shape: plan.Shape | None = None
     transformed: bool = False
 
 
@@ -75,6 +81,7 @@ class Explanation:
         asked_for = ", ".join(request.features) or "no extras"
         lines = [
             f"{request.operation} on {request.device.arch} in {request.dtype}, {asked_for}; asked for {self.asked!r}",
+            *_plans(request),
             *(
                 f"  {'->' if name == self.chosen else '  '} {name:<9} {self.notes[name]}"
                 for name in ("triton", "aten", "reference")
@@ -169,6 +176,23 @@ def _missing(request: Request, served: dict[str, set[str]]) -> list[str]:
     return [feature for feature in request.features if feature not in served[request.family]]
 
 
+def _has_plan(request: Request) -> bool:
+    return request.shape is not None and request.device.arch.startswith(("sm_", "gfx", INTERPRETER))
+
+
+def _plans(request: Request) -> list[str]:
+    """How the kernels would run a recurrence, a line a direction of the computation."""
+    if not _has_plan(request) or request.shape.batch == 0:
+        return []
+    try:
+        forward, backward = (
+            plan.make(replace(request.shape, backward=backward), request.device) for backward in (False, True)
+        )
+    except plan.NoPlan:
+        return []
+    return [f"     forward   {forward}", f"     backward  {backward}"]
+
+
 def _arch_number(arch: str) -> int:
     return int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0
 
@@ -190,6 +214,12 @@ def why_not_triton(request: Request) -> list[str]:
         )
     if request.dtype not in KERNEL_DTYPES:
         reasons.append(f"needs float32, float16 or bfloat16, got {request.dtype}")
+    if _has_plan(request) and request.shape.batch:
+        try:
+            plan.make(request.shape, request.device)
+            plan.make(replace(request.shape, backward=True), request.device)
+        except plan.NoPlan as error:
+            reasons.append(str(error))
     if request.head_dim > MAX_HEAD_DIM:
         reasons.append(f"needs head dims up to {MAX_HEAD_DIM}, got {request.head_dim}")
     if request.transformed:
@@ -205,7 +235,10 @@ def why_not_aten(request: Request) -> list[str]:
 def _why_not_operator(request: Request) -> list[str]:
     """As ``why_not_triton``, but for the operator in a compiled graph, which on a CPU runs the reference's formulas."""
     if request.device.arch in (CPU, INTERPRETER):
-        return [f"no kernel has {feature} yet" for feature in _missing(request, TRITON_FEATURES)]
+        reasons = [f"no kernel has {feature} yet" for feature in _missing(request, TRITON_FEATURES)]
+        if "a cell without reference_backward" in request.features:
+            reasons.append("on a CPU the operator runs the cell's reference_backward, and it has none")
+        return reasons
     return why_not_triton(request)
 
 
@@ -258,7 +291,7 @@ def choose(request: Request, backend: str | None) -> str:
 
 
 def _on(request: Request, device: Device) -> Request:
-    return Request(**{**request.__dict__, "device": device})
+    return replace(request, device=device)
 
 
 def _decide(request: Request, asked: str) -> str:

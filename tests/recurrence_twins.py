@@ -46,11 +46,17 @@ def torch_module(cell: str, inputs: int = 4, hidden: int = 3, **options) -> nn.R
     return kind(inputs, hidden, **selecting, **options)
 
 
-def ours(module: nn.Module, backend: str | None) -> nn.Module:
-    """A seqcore module with the weights and options of a torch.nn one."""
+def ours(module: nn.Module, backend: str | None, *, blocks: int = 1, **options) -> nn.Module:
+    """A seqcore module with the weights and options of another, torch's or ours, and ``options`` of our own.
+
+    ``blocks`` draws recurrent weights anew.
+    """
     module = copy.deepcopy(module)
     module.__class__ = getattr(seqcore.nn, type(module).__name__)
-    module.backend = backend
+    for name, value in {"backend": backend, **options}.items():
+        setattr(module, name, value)
+    if blocks > 1:
+        module._divide(blocks)
     return module
 
 
@@ -89,6 +95,12 @@ def packed(x: Tensor, lengths: list[int], batch_first: bool = False) -> PackedSe
     return pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=falling)
 
 
+def masks(device=None) -> dict[str, Tensor]:
+    """``lengths`` and ``reset`` for T=4 and B=5: unsorted, with none and all; cuts at every step, past ends, too."""
+    reset = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 1], [0, 0, 0, 0, 1]], device=device).bool()
+    return {"lengths": torch.tensor([2, 4, 0, 1, 3], device=device), "reset": reset}
+
+
 def mapped(function, value):
     """``value``, a tensor, PackedSequence, None or tuple of these, with ``function`` applied to its tensors of data."""
     if value is None:
@@ -117,7 +129,7 @@ def results(module: nn.Module, x, hx=None, **keywords) -> Results:
     outputs = tensors(module(x, hx, **keywords))
     inputs = tensors(x) + tensors(hx) + list(module.parameters())
     found = torch.autograd.grad(outputs, inputs, cotangents(outputs), materialize_grads=True)
-    names = ("h", "c") if isinstance(module, nn.RNNCellBase) else ("y", "h_n", "c_n")
+    names = ("h", "c") if isinstance(module, nn.RNNCellBase) else ("y", "h_n", "c_n", "cells")
     states = ("x", "h0", "c0")[: 1 + len(tensors(hx))]
     parameters = [name for name, _ in module.named_parameters()]
     return dict(zip(names, outputs, strict=False)) | {
@@ -132,11 +144,22 @@ def assert_within(actual: Results, exact: Results, eager: Results) -> None:
         assert_within_budget(value, exact[name], eager[name], name)
 
 
-def assert_alike(module: nn.Module, twin: nn.Module, x, hx=None, **keywords) -> None:
-    """``module``, with the weights of ``twin``, does what ``twin`` does, as exactly as ``twin`` does it."""
+def yardsticks(twin: nn.Module, x, hx=None, **keywords) -> tuple[Results, Results]:
+    """What ``twin`` does in float64, and as it is: the truth, and the error there may be."""
     double = copy.deepcopy(twin).double()
     exact = results(double, *(mapped(lambda t: t.detach().double(), value) for value in (x, hx)), **keywords)
-    assert_within(results(module, x, hx, **keywords), exact, results(twin, x, hx, **keywords))
+    return exact, results(twin, x, hx, **keywords)
+
+
+def assert_alike(module: nn.Module, twin: nn.Module, x, hx=None, **keywords) -> None:
+    """``module``, with the weights of ``twin``, does what ``twin`` does, as exactly as ``twin`` does it."""
+    assert_within(results(module, x, hx, **keywords), *yardsticks(twin, x, hx, **keywords))
+
+
+def differing(actual: Results, expected: Results) -> list[str]:
+    """The names of what is not bitwise equal."""
+    assert actual.keys() == expected.keys()
+    return [name for name in actual if not torch.equal(actual[name], expected[name])]
 
 
 def assert_equal_in_float64(actual: Results, expected: Results) -> None:

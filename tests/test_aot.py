@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from seqcore.cells import BUILT_IN
 from seqcore.kernels import tuning
-from seqcore.reference.recurrence import GATES
+from seqcore.kernels.recurrence.plan import split
 from seqcore.testing import aot
 from seqcore.testing.aot_catalogue import TARGETS, Entry, catalogue, covering
 
@@ -38,7 +39,7 @@ def test_catalogue_holds_every_kernel_and_no_other():
 
 def test_catalogue_holds_every_cell_and_every_tuned_configuration():
     entries = catalogue()
-    assert {e.tags["cell"] for e in entries if "cell" in e.tags} == set(GATES)
+    assert {e.tags["cell"] for e in entries if "cell" in e.tags} == {cell.name for cell in BUILT_IN}
     for target in TARGETS:
         for operation in ("attention_forward", "attention_backward"):
             for row in tuning.table(target)[operation]:
@@ -90,6 +91,32 @@ def test_reports_what_a_kernel_takes(target):
     assert row["mma"].keys() == {instruction}
 
 
+@pytest.mark.parametrize("kernel", ["recurrence_forward_kernel", "recurrence_backward_kernel"])
+def test_held_weights_stand_above_the_time_loop(kernel, monkeypatch):
+    good = entry(kernel, "sm_90", cell="lstm", dtype="bfloat16", hidden="H=768", batch="B=16", input="padded")
+    assert good.stationary == good.constants["UNITS"] * (4 if "FOLD" in good.constants else 1) // (
+        good.constants["BLOCK_K"] * good.constants.get("FOLD", 1)
+    )
+    assert aot.compile_entry(good)["ok"]
+    monkeypatch.setattr(aot, "violation", lambda row: None)
+    streamed = aot.compile_entry(replace(good, constants={**good.constants, "HOLD": False, "STAGE": 2}))
+    assert not streamed["ok"] and "before the time loop" in streamed["error"]
+
+
+def test_wide_rows_use_the_widest_matrix_instruction():
+    good = entry("recurrence_forward_kernel", "sm_90", cell="lstm", dtype="bfloat16", hidden="H=768", batch="B=256")
+    assert good.instruction == "wgmma" and aot.compile_entry(replace(good, tags={}))["mma"].keys() == {"wgmma"}
+    narrow = replace(good, constants={**good.constants, "BLOCK_B": 16}, num_warps=4)
+    assert "not wgmma" in aot.compile_entry(narrow)["error"]
+
+
+def test_gates_divide_into_products_of_powers_of_two():
+    assert [split(gates, padded=False) for gates in range(1, 8)] == [
+        (1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 4),
+    ]  # fmt: skip
+    assert [split(gates, padded=True) for gates in (1, 3, 4, 5)] == [(1, 0), (4, 0), (4, 0), (8, 0)]
+
+
 def test_reports_too_much_shared_memory():
     fits = entry("attention_forward_kernel", "gfx942", dtype="float16", head_dim="D=128", mask="unmasked")
     row = aot.compile_entry(replace(fits, constants={**fits.constants, "BLOCK_N": 128}, num_stages=3))
@@ -99,7 +126,7 @@ def test_reports_too_much_shared_memory():
 
 
 def test_reports_what_does_not_compile():
-    good = entry("pointwise_forward_kernel", "sm_90")
+    good = entry("pointwise_kernel", "sm_90")
     row = aot.compile_entry(replace(good, constants={**good.constants, "BLOCK_H": 100}))
     assert not row["ok"]
     assert "power of 2" in row["error"]
@@ -149,10 +176,10 @@ def test_counts_matrix_instructions():
 
 def test_command_writes_rows_and_tells_by_its_status(tmp_path, capsys):
     out = tmp_path / "rows" / "aot.json"
-    assert aot.main(["--kernel", "pointwise_backward", "--target", "sm_90", "--out", str(out), "--jobs", "1"]) == 0
+    assert aot.main(["--kernel", "pointwise", "--target", "sm_90", "--out", str(out), "--jobs", "1"]) == 0
     rows = json.loads(out.read_text())
     assert rows and all(row.keys() >= ROW_KEYS and row["ok"] for row in rows)
-    assert "pointwise_backward_kernel" in capsys.readouterr().out
+    assert "pointwise_kernel" in capsys.readouterr().out
 
 
 def test_command_refuses_a_kernel_that_is_not():

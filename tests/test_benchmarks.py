@@ -1,7 +1,5 @@
 """The benchmarks' own arithmetic, the campaign's bookkeeping, and one tiny run from end to end."""
 
-import importlib
-import importlib.util
 import json
 import os
 import statistics
@@ -15,25 +13,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .benchmark_modules import ROOT, load
+
 pytest.importorskip("pytest_benchmark")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("no kernel is run here: an interpreted process has nothing to add", allow_module_level=True)
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load(name: str):
-    """A module of the benchmarks, without the repository's root on sys.path: there `kernels` would shadow another
-    distribution's for all other tests."""
-    if "benchmarks" not in sys.modules:
-        folder = ROOT / "benchmarks"
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["benchmarks"])
-    return importlib.import_module(f"benchmarks.{name}")
-
 
 answers, campaign, fits, flops = (load(name) for name in ("answers", "campaign", "fits", "flops"))
 layers, report, rows, shapes, timing = (load(name) for name in ("layers", "report", "rows", "shapes", "timing"))
@@ -336,25 +320,32 @@ PROMISED |= {
 
 def test_tiny_campaign_and_report(tmp_path):
     out = tmp_path / "campaign"
-    printed = run("benchmarks.campaign", "--tiny", "--stage", "bench", "--out", str(out))
-    assert "bench    passed" in printed
+    for stage in ("floors", "bench", "models"):
+        printed = run("benchmarks.campaign", "--tiny", "--stage", stage, "--out", str(out))
+        assert f"{stage:<8} passed" in printed
     assert len(list(out.iterdir())) <= 8
+    assert not (out / "floors.json").exists(), "a CPU has no floors"
 
-    found = json.loads((out / "bench.json").read_text())
-    assert "node" not in found["machine_info"]
-    ops = {entry["extra_info"]["op"] for entry in found["benchmarks"]}
-    assert ops == {*shapes.OPS, "transformer"}
-    for entry in found["benchmarks"]:
+    files = out / "bench.json", out / "models.json"
+    measured = [json.loads(path.read_text()) for path in files]
+    assert "node" not in measured[0]["machine_info"]
+    found = [entry for part in measured for entry in part["benchmarks"]]
+    assert {entry["extra_info"]["suite"] for entry in found} == {"recurrence", "bottleneck", "models"}
+    assert {entry["extra_info"]["op"] for entry in found} == {*shapes.OPS, "transformer"}
+    for entry in found:
         info = entry["extra_info"]
         assert info.keys() >= PROMISED
         # On a CPU both clocks time the same calls.
-        if info["suite"] == "bottleneck":
+        if info["suite"] != "models":
             assert entry["stats"]["median"] * 1e3 == pytest.approx(info["ms_p50"], rel=0.2, abs=0.05)
         else:
             assert info["max_loss_difference"] < 1e-4
+    # The last stage's report tells of them all.
+    whole = (out / "report.md").read_text()
+    assert "## Recurrences against torch.nn" in whole and "### Models" in whole and "LSTM T^" in whole
 
     redrawn = tmp_path / "redrawn"
-    run("benchmarks.report", str(out / "bench.json"), "--out", str(redrawn))
+    run("benchmarks.report", *map(str, files), "--out", str(redrawn))
     pictures = {path.name for path in redrawn.glob("*.png")}
     assert pictures == {"time_over_length.png", "time_of_a_step.png", "rate_over_batch.png", "loss_over_time.png"}
     page = (redrawn / "report.md").read_text()

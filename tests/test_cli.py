@@ -8,7 +8,7 @@ import torch
 import seqcore
 from seqcore import cli, functional
 from seqcore.backends import INTERPRETED
-from seqcore.testing import verify
+from seqcore.testing import cases, verify
 
 
 def test_info_prints_what_each_backend_can_do(capsys):
@@ -33,9 +33,9 @@ def test_an_unknown_command_is_refused(capsys):
 
 def few_cases(monkeypatch):
     """Leave verify one recurrence and one attention, which is enough to see that it judges."""
-    recurrences, attentions = verify._recurrences, verify._attentions
-    monkeypatch.setattr(verify, "_recurrences", lambda device: list(recurrences(device))[-1:])
-    monkeypatch.setattr(verify, "_attentions", lambda device: list(attentions(device))[:1])
+    recurrences, attentions = cases.recurrences, cases.attentions
+    monkeypatch.setattr(cases, "recurrences", lambda device: list(recurrences(device))[-1:])
+    monkeypatch.setattr(cases, "attentions", lambda device: list(attentions(device))[:1])
 
 
 @pytest.mark.kernels
@@ -43,7 +43,7 @@ def test_verify_passes_and_writes_its_rows(monkeypatch, tmp_path, capsys):
     few_cases(monkeypatch)
     assert cli.main(["verify", "--out", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert {row["kernel"] for row in rows} >= {"pointwise_forward_kernel", "attention_forward_kernel"}
+    assert {row["kernel"] for row in rows} >= {"recurrence_forward_kernel", "attention_forward_kernel"}
     assert {row["dtype"] for row in rows} == {str(d).removeprefix("torch.") for d in verify.dtypes()}
     assert all(row["ok"] for row in rows)
     assert "0 outside the error budget" in capsys.readouterr().out

@@ -3,68 +3,82 @@
 import pytest
 import torch
 
+from seqcore import cells
 from seqcore.autograd import recurrence as autograd
 from seqcore.autograd.recurrence import RecurrenceFunction, Settings
 from seqcore.ops import recurrence as ops
-from seqcore.reference.recurrence import GATES, group
+from seqcore.reference.recurrence import group
 
-T, B, I, H = 4, 3, 2, 5
+T, B, I, H = 4, 3, 2, 6
 DOUBLE = {"dtype": torch.float64}
 BATCH_SIZES = torch.tensor([3, 2, 2, 1])
-MASKS = torch.tensor([4, 2, 1]), torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.3
+PADDED, PACKED = (None, None, None), (BATCH_SIZES, None, None)
+MASKED = (
+    None, torch.tensor([4, 2, 1]), torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.3,
+)  # fmt: skip
 
-# cell, directions, bias, projection or 0, (batch_sizes, lengths, reset)
+# cell, directions, bias, projection or 0, blocks, (batch_sizes, lengths, reset), further settings
 LAYERS = {
-    "rnn_tanh": ("rnn_tanh", 1, True, 0, (None, None, None)),
-    "rnn_relu_masked": ("rnn_relu", 2, False, 0, (None, *MASKS)),
-    "gru_packed": ("gru", 2, True, 0, (BATCH_SIZES, None, None)),
-    "lstm": ("lstm", 2, True, 0, (None, None, None)),
-    "lstm_proj_masked": ("lstm", 2, True, 3, (None, *MASKS)),
+    "rnn_tanh": ("rnn_tanh", 1, True, 0, 1, PADDED, {}),
+    "rnn_relu_masked": ("rnn_relu", 2, False, 0, 1, MASKED, {"recompute": True}),
+    "gru_packed": ("gru", 2, True, 0, 1, PACKED, {"recompute": True}),
+    "gru_blocks": ("gru", 1, False, 0, 2, MASKED, {}),
+    "lstm": ("lstm", 2, True, 0, 1, PADDED, {"return_cells": True}),
+    "lstm_blocks_packed": ("lstm", 1, True, 0, 2, PACKED, {"recompute": True, "return_cells": True}),
+    "lstm_proj_masked": ("lstm", 2, True, 3, 1, MASKED, {"return_cells": True}),
 }
 
 
 def layer(name, hidden=H, **options):
     """The settings, the tensors x, h0, c0 or None and weights, and the layout of one of ``LAYERS``."""
-    cell, directions, bias, projection, layout = LAYERS[name]
-    gates, outputs = GATES[cell] * hidden, projection or hidden
-    shapes = [(gates, I), (gates, outputs), *([(gates,), (gates,)] if bias else [])]
+    cell, directions, bias, projection, blocks, layout, settings = LAYERS[name]
+    count, outputs, units = cells.find(cell).gates, projection or hidden, hidden // blocks
+    gates = count * hidden
+    recurrent = (gates, outputs) if blocks == 1 else (count, blocks, units, units)
+    shapes = [(gates, I), recurrent, *([(gates,), (gates,)] if bias else [])]
     shapes += [(outputs, hidden)] if projection else []
     weights = [torch.randn(shape, **options) for _ in range(directions) for shape in shapes]
     x = torch.randn(*((int(BATCH_SIZES.sum()),) if layout[0] is not None else (T, B)), I, **options)
     c0 = torch.randn(directions, B, hidden, **options) if cell == "lstm" else None
-    return Settings(cell, directions, bias), x, torch.randn(directions, B, outputs, **options), c0, weights, layout
+    h0 = torch.randn(directions, B, outputs, **options)
+    return Settings(cell, directions, bias, **settings), x, h0, c0, weights, layout
 
 
-def forward_arguments(name, save, **options):
+def forward_arguments(name, save_gates=True, save_cells=True, **options):
     settings, x, h0, c0, weights, layout = layer(name, **options)
-    return (settings.cell, x, h0, c0, weights, settings.directions, settings.bias, *layout, save)
+    return (settings.cell, x, h0, c0, weights, settings.directions, settings.bias, *layout, save_gates, save_cells)
 
 
-@pytest.mark.parametrize("save", [True, False], ids=["save", "no_save"])
+def gradients(results, every):
+    """dy, dh_n, dc_n and dcells; of the c's only if there are any, and of every step's only if ``every``."""
+    found = [torch.randn_like(t) if t.numel() else None for t in (*results[:3], results[4])]
+    return found if every else [*found[:3], None]
+
+
+@pytest.mark.parametrize("save", [(True, True), (False, True), (False, False)], ids=["save", "recompute", "no_save"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_forward_operator(name, save):
-    torch.library.opcheck(ops.forward.default, forward_arguments(name, save))
+    torch.library.opcheck(ops.forward.default, forward_arguments(name, *save))
 
 
-@pytest.mark.parametrize("need_dx", [True, False], ids=["dx", "no_dx"])
+@pytest.mark.parametrize("recompute, clip, need_dx", [(False, None, True), (True, 0.1, False)], ids=["plain", "other"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_backward_operator(name, need_dx):
-    arguments = forward_arguments(name, True)
-    y, h_n, c_n, saved, cells = ops.forward(*arguments)
-    dc_n = torch.randn_like(c_n) if c_n.numel() else None
-    grads = torch.randn_like(y), torch.randn_like(h_n), dc_n
-    torch.library.opcheck(ops.backward.default, (*arguments[:-1], y, saved, cells, *grads, need_dx))
+def test_backward_operator(name, recompute, clip, need_dx):
+    arguments = forward_arguments(name, not recompute)
+    results = ops.forward(*arguments)
+    grads = gradients(results, every=need_dx)
+    torch.library.opcheck(ops.backward.default, (*arguments[:-2], results[0], *results[3:], *grads, clip, need_dx))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_fake_results_match_real_ones_in_every_dtype(dtype):
-    arguments = forward_arguments("lstm_proj_masked", True, dtype=dtype)
+    arguments = forward_arguments("lstm_proj_masked", dtype=dtype)
     real = ops.forward(*arguments)
-    grads = [torch.ones_like(t) for t in real[:3]]
-    real_backward = ops.backward(*arguments[:-1], real[0], *real[3:], *grads, True)
+    options = *gradients(real, every=True), 0.1, True
+    real_backward = ops.backward(*arguments[:-2], real[0], *real[3:], *options)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         fake = ops.forward(*arguments)
-        fake_backward = ops.backward(*arguments[:-1], fake[0], *fake[3:], *grads, True)
+        fake_backward = ops.backward(*arguments[:-2], fake[0], *fake[3:], *options)
     for found, expected in zip(
         (*fake, *fake_backward[:3], *fake_backward[3]), (*real, *real_backward[:3], *real_backward[3]), strict=True
     ):
@@ -74,14 +88,15 @@ def test_fake_results_match_real_ones_in_every_dtype(dtype):
 # --- the autograd.Function -----------------------------------------------------------------------------------------
 
 
-def function_and_inputs(name, hidden, **options):
+def function_and_inputs(name, hidden, grad_clip=None):
     """A function of the layer's differentiable tensors to its differentiable results, and those tensors."""
-    settings, x, h0, c0, weights, layout = layer(name, hidden, **DOUBLE, **options)
+    settings, x, h0, c0, weights, layout = layer(name, hidden, **DOUBLE)
+    settings = settings._replace(grad_clip=grad_clip)
 
     def run(x, h0, *rest):
         c0, weights = (None, rest) if settings.cell != "lstm" else (rest[0], rest[1:])
-        y, h_n, c_n, _, _ = RecurrenceFunction.apply(settings, True, x, h0, c0, *layout, *weights)
-        return (y, h_n) if c0 is None else (y, h_n, c_n)
+        y, h_n, c_n, _, all_c, _ = RecurrenceFunction.apply(settings, True, x, h0, c0, *layout, *weights)
+        return (y, h_n) if c0 is None else (y, h_n, c_n, all_c)
 
     return run, [t.requires_grad_() for t in (x, h0, c0, *weights) if t is not None]
 
@@ -102,15 +117,16 @@ def test_backward_twice_over_a_kept_graph(name):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("grad_clip", [None, 0.1], ids=["whole", "clipped"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_create_graph_gives_the_same_gradients(name):
-    run, inputs = function_and_inputs(name, H)
+def test_create_graph_gives_the_same_gradients(name, grad_clip):
+    run, inputs = function_and_inputs(name, H, grad_clip)
     plain = torch.autograd.grad(sum(out.square().sum() for out in run(*inputs)), inputs)
     with_graph = torch.autograd.grad(sum(out.square().sum() for out in run(*inputs)), inputs, create_graph=True)
     torch.testing.assert_close(plain, with_graph)
 
 
-@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2)], ids=["y", "h_n", "c_n", "y_and_c_n"])
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (3,), (0, 2)], ids=["y", "h_n", "c_n", "cells", "y_and_c_n"])
 @pytest.mark.parametrize("create_graph", [False, True], ids=["hand_written", "reference"])
 def test_loss_from_some_results_only(used, create_graph):
     run, inputs = function_and_inputs("lstm", H)
@@ -135,12 +151,16 @@ def test_gradient_for_some_inputs_only(wanted, create_graph):
 
 @pytest.mark.parametrize("grad_enabled", [True, False])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_forward_saves_only_for_a_backward_that_may_come(monkeypatch, grad_enabled, wanted):
+@pytest.mark.parametrize("option", ["", "recompute", "return_cells"])
+def test_forward_saves_only_for_a_backward_that_may_come(monkeypatch, grad_enabled, wanted, option):
     settings, x, h0, c0, weights, layout = layer("lstm")
+    settings = Settings(*settings[:3], **{option: True} if option else {})
     asked = []
     forward = ops.forward
-    monkeypatch.setattr(ops, "forward", lambda *arguments: asked.append(arguments[-1]) or forward(*arguments))
+    monkeypatch.setattr(ops, "forward", lambda *arguments: asked.append(arguments[-2:]) or forward(*arguments))
     with torch.set_grad_enabled(grad_enabled):
         grouped = group(weights, settings.directions, settings.bias)
-        autograd.layer(settings, x.requires_grad_(wanted), h0, c0, *layout, grouped)
-    assert asked == [grad_enabled and wanted]
+        every_c = autograd.layer(settings, x.requires_grad_(wanted), h0, c0, *layout, grouped)[3]
+    save = grad_enabled and wanted
+    assert asked == [(save and option != "recompute", save or option == "return_cells")]
+    assert (every_c is not None) == (option == "return_cells")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqcore import functional
+from seqcore import cells, functional
 from seqcore.reference import bptt, recurrence
 from seqcore.reference.recurrence import Weights
 
@@ -180,7 +180,7 @@ def test_masks_follow_batch_first():
 
 def small_layer(cell, directions=2, batch=2, inputs=2, hidden=2, outputs=None):
     """h0, c0 or None and the flat weights of one small layer, all random."""
-    gates, outputs = recurrence.GATES[cell] * hidden, outputs or hidden
+    gates, outputs = cells.find(cell).gates * hidden, outputs or hidden
     shapes = [(gates, inputs), (gates, outputs), (gates,), (gates,)]
     if outputs != hidden:
         shapes.append((outputs, hidden))
@@ -198,8 +198,8 @@ def test_first_and_second_derivatives(cell, width):
     def run(x, h0, *rest):
         c0, weights = (None, rest) if cell != "lstm" else (rest[0], rest[1:])
         grouped = recurrence.group(weights, directions=2, bias=True)
-        y, h_n, c_n = recurrence.layer(cell, x, h0, c0, grouped, recurrence.padded_steps(3, 2), *masks)
-        return (y, h_n) if c_n is None else (y, h_n, c_n)
+        found = recurrence.layer(cell, x, h0, c0, grouped, recurrence.padded_steps(3, 2), *masks)
+        return tuple(t for t in found if t is not None)
 
     inputs = [t.requires_grad_() for t in (x, h0, c0, *weights) if t is not None]
     assert torch.autograd.gradcheck(run, inputs)
@@ -214,52 +214,68 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    "layout, without",
-    [*((layout, "") for layout in LAYOUTS), *(("reset_with_lengths", name) for name in ("dy", "dh_n", "dc_n", "dx"))],
+    "layout, option",
+    [
+        *((layout, "") for layout in LAYOUTS),
+        # Each gradient coming in, and the one going out, absent once.
+        *(("reset_with_lengths", name) for name in ("dy", "dh_n", "dc_n", "dcells", "dx")),
+        *((layout, option) for layout in ("reset_with_lengths", "packed") for option in ("clip", "recompute")),
+    ],
 )
 @pytest.mark.parametrize("cell, width", [("rnn_tanh", H), ("rnn_relu", H), ("gru", H), ("lstm", H), ("lstm", 2)])
-def test_backward_through_time_by_hand(cell, width, layout, without):
-    """bptt.py against autograd through recurrence.py; each gradient coming in, and the one going out, absent once."""
+def test_backward_through_time_by_hand(cell, width, layout, option):
+    """bptt.py against autograd through recurrence.py."""
     masks = dict(LAYOUTS[layout])
     sizes = masks.pop("batch_sizes", None)
     steps = recurrence.padded_steps(T, B) if sizes is None else recurrence.packed_steps(sizes)
+    clip = 0.1 if option == "clip" else None
     h0, c0, weights = small_layer(cell, batch=B, inputs=I, hidden=H, outputs=width)
     x = torch.randn(T, B, I, **DOUBLE) if sizes is None else torch.randn(int(sizes.sum()), I, **DOUBLE)
     inputs = [t.requires_grad_() for t in (x, h0, c0, *weights) if t is not None]
     grouped = recurrence.group(weights, directions=2, bias=True)
-    expected = [t for t in recurrence.layer(cell, x, h0, c0, grouped, steps, **masks) if t is not None]
+    expected = recurrence.layer(cell, x, h0, c0, grouped, steps, **masks, grad_clip=clip)
     given = [
-        None if name == without else grad
-        for name, grad in zip(("dy", "dh_n", "dc_n"), [*cotangents(expected), None][:3], strict=True)
+        None if out is None or name == option else cotangents([out])[0]
+        for name, out in zip(("dy", "dh_n", "dc_n", "dcells"), expected, strict=True)
     ]
-    pairs = [(out, grad) for out, grad in zip(expected, given, strict=False) if grad is not None]
-    outputs, grads = zip(*pairs, strict=True)
+    outputs, grads = zip(*[pair for pair in zip(expected, given, strict=True) if pair[1] is not None], strict=True)
     wanted = torch.autograd.grad(outputs, inputs, grads, materialize_grads=True)
 
     with torch.no_grad():
         rows, layout = x.flatten(0, -2), bptt.Layout(steps, **masks)
-        y, h_n, c_n, saved, cells = bptt.forward(cell, rows, h0, c0, grouped, layout, save=True)
-        dy = None if given[0] is None else given[0].flatten(0, -2)
+        y, h_n, c_n, kept = bptt.forward(cell, rows, h0, c0, grouped, layout, option != "recompute", True)
+        dy, dcells = (None if grad is None else grad.flatten(0, -2) for grad in (given[0], given[3]))
+        gradients = bptt.Gradients(dy, given[1], given[2], dcells)
         dx, dh0, dc0, dweights = bptt.backward(
-            cell, rows, h0, c0, grouped, layout, y, saved, cells, dy, *given[1:], need_dx=without != "dx"
+            cell, rows, h0, c0, grouped, layout, y, kept, gradients, clip, need_dx=option != "dx"
         )
-    torch.testing.assert_close([y.view_as(expected[0]), h_n, c_n][: len(expected)], list(expected))
-    states = [dh0, dc0] if cell == "lstm" else [dh0]
-    assert dx.numel() == (0 if without == "dx" else x.numel())
-    torch.testing.assert_close([*states, *dweights], list(wanted[1:]))
-    if without != "dx":
+    found = [y.view_as(expected[0]), h_n] if c0 is None else [y.view_as(expected[0]), h_n, c_n]
+    torch.testing.assert_close(found, list(expected[: len(found)]))
+    if c0 is not None:
+        torch.testing.assert_close(kept.cells.view_as(expected[3]), expected[3])
+    assert dx.numel() == (0 if option == "dx" else x.numel())
+    torch.testing.assert_close([dh0, dc0, *dweights] if c0 is not None else [dh0, *dweights], list(wanted[1:]))
+    if option != "dx":
         torch.testing.assert_close(dx.view_as(x), wanted[0])
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_forward_saves_only_when_asked(cell):
-    h0, c0, weights = small_layer(cell, batch=B, inputs=I, hidden=H)
-    grouped = recurrence.group(weights, directions=2, bias=True)
-    layout = bptt.Layout(recurrence.padded_steps(T, B))
-    saving = bptt.forward(cell, torch.ones(T * B, I, **DOUBLE), h0, c0, grouped, layout, save=True)
-    plain = bptt.forward(cell, torch.ones(T * B, I, **DOUBLE), h0, c0, grouped, layout, save=False)
-    assert plain[3].numel() == plain[4].numel() == 0 and saving[3].numel() > 0
-    assert all(torch.equal(a, b) for a, b in zip(plain[:3], saving[:3], strict=True))
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_keeps_only_what_was_asked_for(cell):
+    """All gates; with recompute the c's, and of a projected LSTM the h's; nothing where y has it already."""
+    name, width = ("lstm", 2) if cell == "lstm_proj" else (cell, H)
+    h0, c0, weights = small_layer(name, batch=B, inputs=I, hidden=H, outputs=width)
+    grouped, layout = recurrence.group(weights, 2, bias=True), bptt.Layout(recurrence.padded_steps(T, B))
+    x, tile, gated = torch.ones(T * B, I, **DOUBLE), T * B * 2 * H, cell in ("gru", "lstm", "lstm_proj")
+    plain, every, recomputing = (
+        bptt.forward(name, x, h0, c0, grouped, layout, *asked)
+        for asked in ((False, False), (True, True), (False, True))
+    )
+    states = [(name == "lstm") * tile, (cell == "lstm_proj") * tile]
+    assert [t.numel() for t in plain[3]] == [0, 0, 0]
+    assert [t.numel() for t in every[3]] == [gated * 4 * tile, *states]
+    assert [t.numel() for t in recomputing[3]] == [0, *states]
+    for found in (every, recomputing):
+        assert all(torch.equal(a, b) for a, b in zip(plain[:3], found[:3], strict=True))
 
 
 # --- dtypes --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Functions over tensors: they check their arguments, follow autocast, pick a backend and apply it."""
 
 from .attention import attention, scaled_dot_product_attention
-from .recurrence import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from .recurrence import gru, gru_cell, lstm, lstm_cell, recurrence, rnn, rnn_cell
 
 __all__ = [
     "attention",
@@ -9,6 +9,7 @@ __all__ = [
     "gru_cell",
     "lstm",
     "lstm_cell",
+    "recurrence",
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",

@@ -13,9 +13,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import backends
 from ..autograd import recurrence as autograd
+from ..cells import BUILT_IN, Cell, find
+from ..kernels.recurrence.plan import Shape
 from ..reference import recurrence as reference
+from ..reference.recurrence import hidden_size
 from .autocast import cast, target_dtype
-from .recurrence_checks import Problem, check_cell, check_sequence
+from .recurrence_checks import check_cell, check_sequence
+from .recurrence_problem import Options, Problem
 
 State = Tensor | tuple[Tensor, Tensor]
 _ATEN = {"rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu, "gru": torch.gru, "lstm": torch.lstm}
@@ -41,6 +45,9 @@ def rnn(
     bidirectional: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_hx: State | None = None,
+    grad_clip: float | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Elman recurrence: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu of the same.
@@ -50,10 +57,16 @@ def rnn(
             bfloat16 (any float dtype for the reference).
         hx: [L*D, B, H] ([L*D, H] unbatched) or None for zeros.
         weights: for each layer and direction w_ih [H, I or D*H], w_hh [H, H] and, if ``bias``, b_ih [H], b_hh [H].
+            w_hh may also be block-diagonal, [1, N, H/N, H/N]: N independent recurrences of H/N units each.
         nonlinearity: "tanh" or "relu".
         dropout: probability, between layers, applied if ``training``.
         lengths: [B] integers; past its length a sequence's state is carried through and y is zero.
-        reset: [T, B] bool ([B, T] if ``batch_first``); True replaces the state entering that step by zeros.
+        reset: [T, B] bool ([B, T] if ``batch_first``); True replaces the state entering that step by zeros,
+            or by ``reset_hx``, shaped like ``hx`` and as differentiable.
+        grad_clip: bound on each element of the gradients of the gates' pre-activations, at every step, before they
+            travel on (Graves, "Generating Sequences With Recurrent Neural Networks", 2013, section 2.1).
+        recompute: keep only y (and c) for backward, and make the gates again there with one more product. The
+            reference keeps what autograd keeps, all the same.
         backend: see ``seqcore.use_backend``.
 
     Returns:
@@ -64,10 +77,10 @@ def rnn(
         UnsupportedInput: if the backend was named and cannot serve the request.
     """
     cell = _rnn_cell_name(nonlinearity)
-    return _sequence(
-        cell, input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional,
-        lengths, reset, backend,
-    )  # fmt: skip
+    options = Options(
+        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip, recompute
+    )
+    return _sequence(cell, input, hx, weights, options, backend)
 
 
 def gru(
@@ -83,6 +96,9 @@ def gru(
     bidirectional: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_hx: State | None = None,
+    grad_clip: float | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Gated recurrent unit, resetting after the product as torch does: h_t = (1 - z) n + z h_{t-1}.
@@ -91,10 +107,10 @@ def gru(
     Weights are stacked in the order r, z, n: w_ih [3H, I], w_hh [3H, H], biases [3H]. All else as :func:`rnn`.
     Source: Cho et al. (2014), in the variant of ``torch.nn.GRU``.
     """
-    return _sequence(
-        "gru", input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional,
-        lengths, reset, backend,
-    )  # fmt: skip
+    options = Options(
+        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip, recompute
+    )
+    return _sequence("gru", input, hx, weights, options, backend)
 
 
 def lstm(
@@ -110,19 +126,58 @@ def lstm(
     bidirectional: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_hx: State | None = None,
+    grad_clip: float | None = None,
+    recompute: bool = False,
+    return_cells: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+):
     """Long short-term memory: c_t = f c_{t-1} + i g, h_t = W_hr (o tanh c_t), W_hr absent without projection.
 
     Weights are stacked in the order i, f, g, o: w_ih [4H, I], w_hh [4H, P], biases [4H], and w_hr [P, H] last if
-    the output is projected. ``hx`` is (h_0 [L*D, B, P], c_0 [L*D, B, H]); returned are y and (h_n, c_n). ``c`` is
-    kept in float32 over the sequence. All else as :func:`rnn`. Source: Hochreiter & Schmidhuber (1997), Sak et
-    al. (2014) for the projection, in the form of ``torch.nn.LSTM``.
+    the output is projected. ``hx`` is (h_0 [L*D, B, P], c_0 [L*D, B, H]); returned are y and (h_n, c_n), and, if
+    ``return_cells``, the last layer's c of every step, [T, B, D*H] in the input's layout and as differentiable as y.
+    ``c`` is kept in float32 over the sequence. All else as :func:`rnn`. Source: Hochreiter & Schmidhuber (1997), Sak
+    et al. (2014) for the projection, in the form of ``torch.nn.LSTM``.
     """
-    return _sequence(
-        "lstm", input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional,
-        lengths, reset, backend,
+    options = Options(
+        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip,
+        recompute, return_cells,
     )  # fmt: skip
+    return _sequence("lstm", input, hx, weights, options, backend)
+
+
+def recurrence(
+    input: Tensor | PackedSequence,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    *,
+    cell: Cell | str,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_hx: State | None = None,
+    grad_clip: float | None = None,
+    recompute: bool = False,
+    return_cells: bool = False,
+    backend: str | None = None,
+):
+    """Any cell over a sequence: a ``seqcore.Cell`` of your own, or "rnn_tanh", "rnn_relu", "gru" or "lstm".
+
+    With G the cell's gates, weights are w_ih [G*H, I or D*H], w_hh [G*H, H] and, if ``bias``, b_ih and b_hh [G*H].
+    ``hx`` is h_0 [L*D, B, H], or (h_0, c_0) for cells with c; returned are y and the last state, and every step's c
+    if ``return_cells``. All else as :func:`rnn` and :func:`lstm`.
+    """
+    options = Options(
+        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip,
+        recompute, return_cells,
+    )  # fmt: skip
+    return _sequence(find(cell).name, input, hx, weights, options, backend)
 
 
 def _rnn_cell_name(nonlinearity: str) -> str:
@@ -131,29 +186,31 @@ def _rnn_cell_name(nonlinearity: str) -> str:
     return f"rnn_{nonlinearity}"
 
 
-def _sequence(
-    cell, input, hx, weights, num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, backend
-):
-    problem = check_sequence(cell, input, hx, weights, num_layers, bias, batch_first, bidirectional, lengths, reset)
-    if not 0 <= dropout <= 1:
-        raise backends.InvalidInput(f"dropout probability has to be between 0 and 1, but got {dropout}")
-    chosen = backends.choose(_request(problem), backend)
+def _sequence(cell: str, input, hx, weights, options: Options, backend: str | None):
+    problem = check_sequence(cell, input, hx, weights, options)
+    chosen = backends.choose(_request(problem, options), backend)
     if chosen == "aten":
-        y, h_n, c_n = _aten(problem, dropout, training)
-    else:
-        y, h_n, c_n = reference.stack(
-            _layer_function(problem, chosen), problem.x, problem.h0, problem.c0, problem.weights,
-            dropout=dropout, training=training,
-        )  # fmt: skip
-    return problem.finish(y, h_n, c_n)
+        return problem.finish(*_aten(problem, options.dropout, options.training))
+    y, h_n, c_n, cells = reference.stack(
+        _layer_function(problem, options, chosen), problem.x, problem.h0, problem.c0, problem.weights,
+        dropout=options.dropout, training=options.training,
+    )  # fmt: skip
+    return problem.finish(y, h_n, c_n, cells if options.return_cells else None)
 
 
-def _request(problem: Problem) -> backends.Request:
+def _request(problem: Problem, options: Options) -> backends.Request:
+    cell = find(problem.cell)
     features = {
         "packed input": problem.batch_sizes is not None,
         "lengths": problem.lengths is not None,
         "reset": problem.reset is not None,
         "proj_size": problem.weights[0][0].w_hr is not None,
+        "blocks": problem.blocks > 1,
+        "grad_clip": options.grad_clip is not None,
+        "recompute": options.recompute,
+        "return_cells": options.return_cells,
+        "a cell of one's own": cell not in BUILT_IN,
+        "a cell without reference_backward": cell.reference_backward is None,
     }
     return backends.Request(
         family="recurrence",
@@ -161,11 +218,20 @@ def _request(problem: Problem) -> backends.Request:
         device=backends.describe(problem.x.device),
         dtype=target_dtype(problem.x),
         features=tuple(name for name, present in features.items() if present),
+        shape=None if torch.compiler.is_compiling() else _shape(problem),
         transformed=backends.transforms_active(),
     )
 
 
-def _layer_function(problem: Problem, chosen: str) -> reference.Layer:
+def _shape(problem: Problem) -> Shape:
+    gates, directions = find(problem.cell).gates, len(problem.weights[0])
+    units = hidden_size(problem.weights[0][0].w_hh, gates) // problem.blocks
+    itemsize = target_dtype(problem.x).itemsize
+    batch = problem.h0.shape[1] if problem.batch_sizes is not None else problem.x.shape[1]
+    return Shape(gates, units, problem.blocks, batch, directions, itemsize, backward=False)
+
+
+def _layer_function(problem: Problem, options: Options, chosen: str) -> reference.Layer:
     """One layer of ``problem`` on our kernels or the reference, following autocast as torch's operators do."""
     cell, batch_sizes, lengths, reset = problem.cell, problem.batch_sizes, problem.lengths, problem.reset
 
@@ -173,10 +239,12 @@ def _layer_function(problem: Problem, chosen: str) -> reference.Layer:
         x, h0, c0 = cast(x, h0, c0)
         weights = [reference.Weights(*cast(*direction)) for direction in weights]
         if chosen == "triton":
-            settings = autograd.Settings(cell, len(weights), problem.bias)
+            settings = autograd.Settings(
+                cell, len(weights), problem.bias, options.grad_clip, options.recompute, options.return_cells
+            )
             return autograd.layer(settings, x, h0, c0, batch_sizes, lengths, reset, weights)
         steps = reference.padded_steps(*x.shape[:2]) if batch_sizes is None else reference.packed_steps(batch_sizes)
-        return reference.layer(cell, x, h0, c0, weights, steps, lengths, reset)
+        return reference.layer(cell, x, h0, c0, weights, steps, lengths, reset, options.grad_clip)
 
     return layer
 
@@ -239,14 +307,15 @@ def lstm_cell(
 def _cell(cell, input, hx, weights, backend):
     """A cell is a sequence of one step, except for torch's own operators, which have their own."""
     problem = check_cell(cell, input, hx, reference.Weights(*weights))
-    chosen = backends.choose(_request(problem), backend)
+    options = Options(bias=problem.bias)
+    chosen = backends.choose(_request(problem, options), backend)
     if chosen == "aten":
         h = problem.h0[0] if problem.c0 is None else (problem.h0[0], problem.c0[0])
         new = _ATEN_CELL[cell](problem.x[0], h, *weights)
         h_n, c_n = (new, None) if problem.c0 is None else new
     else:
-        layer = _layer_function(problem, chosen)
-        _, h_n, c_n = layer(problem.x, problem.h0, problem.c0, problem.weights[0])
+        layer = _layer_function(problem, options, chosen)
+        _, h_n, c_n, _ = layer(problem.x, problem.h0, problem.c0, problem.weights[0])
         h_n, c_n = h_n[0], None if c_n is None else c_n[0]
     if problem.unbatched:
         h_n, c_n = h_n[0], None if c_n is None else c_n[0]

@@ -1,46 +1,16 @@
 """What a recurrence may be given. Everything is checked here, before any launch, and brought into one form."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..cells import find
 from ..errors import InvalidInput
-from ..reference.recurrence import GATES, Weights, group
+from ..reference.recurrence import Weights, group, hidden_size
 from .autocast import target_dtype
-
-
-@dataclass
-class Problem:
-    """A checked request in one form: time-major, batched, states as [L*D, B, *], weights as ``[layer][direction]``."""
-
-    cell: str
-    x: Tensor  # [T, B, I], or [R, I] packed
-    h0: Tensor
-    c0: Tensor | None
-    weights: list[list[Weights]]
-    bias: bool
-    batch_sizes: Tensor | None = None
-    lengths: Tensor | None = None
-    reset: Tensor | None = None
-    packed: PackedSequence | None = None
-    batch_first: bool = False
-    unbatched: bool = False
-
-    def finish(self, y: Tensor, h_n: Tensor, c_n: Tensor | None):
-        """The results in the layout the caller's input had."""
-        if self.packed is not None:
-            order = self.packed.unsorted_indices
-            if order is not None:
-                h_n, c_n = h_n.index_select(1, order), None if c_n is None else c_n.index_select(1, order)
-            y = PackedSequence(y, self.packed.batch_sizes, self.packed.sorted_indices, order)
-        elif self.unbatched:
-            y, h_n, c_n = y.squeeze(1), h_n.squeeze(1), None if c_n is None else c_n.squeeze(1)
-        elif self.batch_first:
-            y = y.transpose(0, 1)
-        return y, h_n if c_n is None else (h_n, c_n)
+from .recurrence_problem import Options, Problem
 
 
 def check_sequence(
@@ -48,19 +18,16 @@ def check_sequence(
     input: Tensor | PackedSequence,
     hx,
     weights: Sequence[Tensor],
-    num_layers: int,
-    bias: bool,
-    batch_first: bool,
-    bidirectional: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    options: Options,
 ) -> Problem:
     """The ``Problem`` that these arguments of ``functional.lstm`` and its siblings pose.
 
     Raises:
         InvalidInput: for wrong ranks, sizes, dtypes or devices.
     """
-    name = cell.upper().partition("_")[0]
+    name = _shown(cell)
+    _check_options(name, cell, options)
+    batch_first, lengths, reset = options.batch_first, options.lengths, options.reset
     packed = input if isinstance(input, PackedSequence) else None
     x = input if packed is None else packed.data
     if not isinstance(x, Tensor):
@@ -84,12 +51,13 @@ def check_sequence(
             x = x.transpose(0, 1)
         if x.shape[0] == 0:
             raise InvalidInput(f"{name}: Expected sequence length to be larger than 0, got input {list(input.shape)}")
-    directions = 2 if bidirectional else 1
-    grouped = _check_weights(name, cell, x, weights, num_layers, bias, directions)
-    hidden = grouped[0][0].w_hh.shape[0] // GATES[cell]
-    outputs = grouped[0][0].w_hh.shape[1]
+    directions = 2 if options.bidirectional else 1
+    grouped = _check_weights(name, cell, x, weights, options.num_layers, options.bias, directions)
+    hidden = hidden_size(grouped[0][0].w_hh, find(cell).gates)
+    outputs = hidden if grouped[0][0].w_hr is None else grouped[0][0].w_hr.shape[0]
     batch = x.shape[1] if packed is None else _packed_batch(packed, hx)
-    h0, c0 = _check_state(name, cell, x, hx, unbatched, packed, num_layers * directions, batch, hidden, outputs)
+    layers = options.num_layers * directions
+    h0, c0 = _check_state(name, cell, x, hx, unbatched, packed, layers, batch, hidden, outputs)
     if packed is not None and (lengths is not None or reset is not None):
         raise InvalidInput(
             f"{name}: lengths= and reset= go with a padded batch, got a PackedSequence; "
@@ -99,10 +67,17 @@ def check_sequence(
         raise InvalidInput(f"{name}: lengths= and reset= need a batched 3-D input, got 2-D; add a batch dimension")
     lengths = _check_lengths(name, lengths, x)
     reset = _check_reset(name, reset, x, batch_first)
+    if options.reset_hx is not None:
+        if reset is None:
+            raise InvalidInput(f"{name}: reset_hx goes with reset=, which says where to put it in; got no reset")
+        states = _check_state(name, cell, x, options.reset_hx, unbatched, packed, layers, batch, hidden, outputs)
+        h0 = torch.cat([h0, states[0]], 1)
+        c0 = None if c0 is None else torch.cat([c0, states[1]], 1)
     batch_sizes = None if packed is None else packed.batch_sizes
     return Problem(
-        cell, x, h0, c0, grouped, bias, batch_sizes, lengths, reset, packed, batch_first and not unbatched, unbatched
-    )
+        cell, x, h0, c0, grouped, options.bias, batch_sizes, lengths, reset, packed,
+        batch_first and not unbatched, unbatched,
+    )  # fmt: skip
 
 
 def check_cell(cell: str, input: Tensor, hx, weights: Weights) -> Problem:
@@ -111,7 +86,7 @@ def check_cell(cell: str, input: Tensor, hx, weights: Weights) -> Problem:
     Raises:
         InvalidInput: for wrong ranks, sizes, dtypes or devices.
     """
-    name = f"{cell.upper().partition('_')[0]}Cell"
+    name = f"{_shown(cell)}Cell"
     if not isinstance(input, Tensor):
         raise InvalidInput(f"{name}: expected input to be a Tensor, got {type(input).__name__}")
     if input.dim() not in (1, 2):
@@ -123,9 +98,9 @@ def check_cell(cell: str, input: Tensor, hx, weights: Weights) -> Problem:
     x = input[None, None] if unbatched else input[None]
     flat = [w for w in weights if w is not None]
     grouped = _check_weights(name, cell, x, flat, 1, bias, 1)
-    size = (*input.shape[:-1], weights.w_hh.shape[1])
+    size = (*input.shape[:-1], hidden_size(weights.w_hh, find(cell).gates))
     if hx is None:
-        states = [x.new_zeros(size) for _ in range(2 if cell == "lstm" else 1)]
+        states = [x.new_zeros(size) for _ in find(cell).states]
     else:
         states = _states(name, cell, hx)
     for label, state in _labelled(states):
@@ -156,14 +131,7 @@ def _check_weights(
     grouped = [
         group(weights[layer * per_layer : (layer + 1) * per_layer], directions, bias) for layer in range(num_layers)
     ]
-    if weights[1].dim() != 2 or weights[1].shape[0] % GATES[cell]:
-        raise InvalidInput(
-            f"{name}: w_hh must be [{GATES[cell]} * hidden_size, hidden or proj size], got {list(weights[1].shape)}"
-        )
-    gates, outputs = weights[1].shape
-    hidden = gates // GATES[cell]
-    if not projected and outputs != hidden:
-        raise InvalidInput(f"{name}: w_hh must be [{gates}, {hidden}], got {list(weights[1].shape)}")
+    gates, outputs, hidden = _check_recurrent(name, cell, weights[1], projected)
     if weights[0].dim() != 2:
         raise InvalidInput(f"{name}: w_ih must be [{gates}, input_size], got {list(weights[0].shape)}")
     inputs = weights[0].shape[1]
@@ -171,7 +139,7 @@ def _check_weights(
         raise InvalidInput(f"{name}: input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}")
     for layer, of_layer in enumerate(grouped):
         width = inputs if layer == 0 else directions * outputs
-        shapes = Weights((gates, width), (gates, outputs), (gates,), (gates,), (outputs, hidden))
+        shapes = Weights((gates, width), tuple(weights[1].shape), (gates,), (gates,), (outputs, hidden))
         for direction in of_layer:
             for kind, w, shape in zip(Weights._fields, direction, shapes, strict=True):
                 if w is None:
@@ -180,6 +148,41 @@ def _check_weights(
                     raise InvalidInput(f"{name}: layer {layer} needs {kind} {list(shape)}, got {list(w.shape)}")
                 _check_alike(name, "weight", f"{kind} of layer {layer}", x, w)
     return grouped
+
+
+def _check_recurrent(name: str, cell: str, w_hh: Tensor, projected: bool) -> tuple[int, int, int]:
+    """G*H, the width of what is put out, and H, of a matrix [G*H, H or P] or of blocks [G, N, H/N, H/N]."""
+    count, shape = find(cell).gates, list(w_hh.shape)
+    if len(shape) == 4:
+        if projected:
+            raise InvalidInput(f"{name}: block-diagonal recurrent weights do not go with a projection; drop one")
+        if shape[0] != count or shape[2] != shape[3]:
+            raise InvalidInput(f"{name}: w_hh in blocks must be [{count}, N, H/N, H/N], got {shape}")
+        return count * shape[1] * shape[2], shape[1] * shape[2], shape[1] * shape[2]
+    if len(shape) != 2 or shape[0] % count:
+        raise InvalidInput(
+            f"{name}: w_hh must be [{count} * hidden_size, hidden or proj size], or in blocks "
+            f"[{count}, N, H/N, H/N], got {shape}"
+        )
+    hidden = shape[0] // count
+    if not projected and shape[1] != hidden:
+        raise InvalidInput(f"{name}: w_hh must be [{shape[0]}, {hidden}], got {shape}")
+    return shape[0], shape[1], hidden
+
+
+def _shown(cell: str) -> str:
+    """A cell's name as torch writes it, or as its author does."""
+    return {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}.get(cell, cell)
+
+
+def _check_options(name: str, cell: str, options: Options) -> None:
+    if not 0 <= options.dropout <= 1:
+        raise InvalidInput(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
+    clip = options.grad_clip
+    if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
+        raise InvalidInput(f"{name}: grad_clip must be a positive number, got {clip!r}; leave it out not to clip")
+    if options.return_cells and not find(cell).has_c:
+        raise InvalidInput(f"{name}: return_cells=True needs a cell with c, as the LSTM has; {name} keeps only h")
 
 
 def _check_alike(name: str, role: str, what: str, x: Tensor, other: Tensor) -> None:
@@ -213,7 +216,7 @@ def _check_state(
     """h0 [L*D, B, P] and c0 [L*D, B, H] (None unless LSTM), zeros by default, in the packed order."""
     if hx is None:
         h0 = x.new_zeros(layers, batch, outputs)
-        return h0, x.new_zeros(layers, batch, hidden) if cell == "lstm" else None
+        return h0, x.new_zeros(layers, batch, hidden) if find(cell).has_c else None
     states = _states(name, cell, hx)
     rank = 2 if unbatched else 3
     for index, (label, state) in enumerate(_labelled(states)):
@@ -231,12 +234,12 @@ def _check_state(
         _check_alike(name, "hx", label, x, state)
     if packed is not None and packed.sorted_indices is not None:
         states = [state.index_select(1, packed.sorted_indices) for state in states]
-    return states[0], states[1] if cell == "lstm" else None
+    return states[0], states[1] if find(cell).has_c else None
 
 
 def _states(name: str, cell: str, hx) -> list[Tensor]:
     """h, or h and c, of ``hx``."""
-    if cell != "lstm":
+    if not find(cell).has_c:
         if not isinstance(hx, Tensor):
             raise InvalidInput(f"{name}: hx must be a Tensor, got {type(hx).__name__}")
         return [hx]

@@ -6,6 +6,7 @@ refuses every instance of those. So ``isinstance(module, torch.nn.LSTM)`` is Fal
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -14,14 +15,47 @@ from ..backends import check_backend
 
 
 class _Recurrent(nn.RNNBase):
-    # A class-level default, so that an instance made by torch.nn and given this class works.
+    # Class-level defaults, so that an instance made by torch.nn and given this class works.
     backend: str | None = None
+    blocks: int = 1
+    grad_clip: float | None = None
+    recompute: bool = False
 
-    def __init__(self, mode: str, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        backend: str | None = None,
+        blocks: int = 1,
+        grad_clip: float | None = None,
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> None:
         if backend is not None:
             check_backend(backend)
         super().__init__(mode, *args, **kwargs)
-        self.backend = backend
+        self.backend, self.grad_clip, self.recompute = backend, grad_clip, recompute
+        if blocks != 1:
+            self._divide(blocks)
+
+    def _divide(self, blocks: int) -> None:
+        """Make the recurrent weights block-diagonal: [G, blocks, H/blocks, H/blocks] in place of [G*H, H]."""
+        if not isinstance(blocks, int) or blocks < 1 or self.hidden_size % blocks:
+            raise ValueError(f"blocks must divide hidden_size {self.hidden_size}, got {blocks!r}")
+        if self.proj_size:
+            raise ValueError("blocks and proj_size do not go together, got both; leave one out")
+        self.blocks = blocks
+        units = self.hidden_size // blocks
+        for names in self._all_weights:
+            whole = getattr(self, names[1])
+            shape = (whole.shape[0] // self.hidden_size, blocks, units, units)
+            setattr(self, names[1], nn.Parameter(torch.empty(shape, dtype=whole.dtype, device=whole.device)))
+        self.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """As torch's, for weights that cuDNN knows."""
+        if self.blocks == 1:
+            super().flatten_parameters()
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -33,11 +67,15 @@ class _Recurrent(nn.RNNBase):
             "dropout": self.dropout,
             "training": self.training,
             "bidirectional": self.bidirectional,
+            "grad_clip": self.grad_clip,
+            "recompute": self.recompute,
             "backend": self.backend,
         }
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend is None else f", backend={self.backend!r}")
+        ours = (f", {name}={getattr(self, name)!r}" for name in ("blocks", "grad_clip", "recompute", "backend")
+                if getattr(self, name) != getattr(_Recurrent, name))  # fmt: skip
+        return super().extra_repr() + "".join(ours)
 
 
 class RNN(_Recurrent):
@@ -46,12 +84,16 @@ class RNN(_Recurrent):
     Args:
         *args, **kwargs: those of ``torch.nn.RNN`` (input_size, hidden_size, num_layers=1, nonlinearity="tanh",
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None).
+        blocks: N makes the recurrent weights block-diagonal: N independent recurrences of H/N units side by side,
+            ``weight_hh_l*`` being [1, N, H/N, H/N].
+        grad_clip: bound on each element of the gates' gradients, at every step, inside the backward.
+        recompute: keep only y for backward and make the gates again there, which saves memory.
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if len(args) > 3:
@@ -61,7 +103,7 @@ class RNN(_Recurrent):
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, backend=backend, **kwargs)
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
     def forward(
         self,
@@ -70,10 +112,13 @@ class RNN(_Recurrent):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
+        reset_hx: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """y and h_n; see ``seqcore.functional.rnn`` for shapes, ``lengths``, ``reset`` and errors."""
         nonlinearity = self.mode.removeprefix("RNN_").lower()
-        return functional.rnn(input, hx, nonlinearity=nonlinearity, lengths=lengths, reset=reset, **self._options())
+        return functional.rnn(
+            input, hx, nonlinearity=nonlinearity, lengths=lengths, reset=reset, reset_hx=reset_hx, **self._options()
+        )
 
 
 class GRU(_Recurrent):
@@ -82,15 +127,19 @@ class GRU(_Recurrent):
     Args:
         *args, **kwargs: those of ``torch.nn.GRU`` (input_size, hidden_size, num_layers=1, bias=True,
             batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None).
+        blocks: N makes the recurrent weights block-diagonal: N independent recurrences of H/N units side by side,
+            ``weight_hh_l*`` being [3, N, H/N, H/N].
+        grad_clip: bound on each element of the gates' gradients, at every step, inside the backward.
+        recompute: keep only y for backward and make the gates again there, which saves memory.
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
     """
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, backend=backend, **kwargs)
+        super().__init__("GRU", *args, **kwargs)
 
     def forward(
         self,
@@ -99,9 +148,10 @@ class GRU(_Recurrent):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
+        reset_hx: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """y and h_n; see ``seqcore.functional.gru`` for shapes, ``lengths``, ``reset`` and errors."""
-        return functional.gru(input, hx, lengths=lengths, reset=reset, **self._options())
+        return functional.gru(input, hx, lengths=lengths, reset=reset, reset_hx=reset_hx, **self._options())
 
 
 class LSTM(_Recurrent):
@@ -110,13 +160,17 @@ class LSTM(_Recurrent):
     Args:
         *args, **kwargs: those of ``torch.nn.LSTM`` (input_size, hidden_size, num_layers=1, bias=True,
             batch_first=False, dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None).
+        blocks: N makes the recurrent weights block-diagonal: N independent recurrences of H/N units side by side,
+            ``weight_hh_l*`` being [4, N, H/N, H/N].
+        grad_clip: bound on each element of the gates' gradients, at every step, inside the backward.
+        recompute: keep only y and c for backward and make the gates again there, which saves memory.
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, backend=backend, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
 
     def forward(
         self,
@@ -125,9 +179,13 @@ class LSTM(_Recurrent):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        """y and (h_n, c_n); see ``seqcore.functional.lstm`` for shapes, ``lengths``, ``reset`` and errors."""
-        return functional.lstm(input, hx, lengths=lengths, reset=reset, **self._options())
+        reset_hx: tuple[Tensor, Tensor] | None = None,
+        return_cells: bool = False,
+    ):
+        """y and (h_n, c_n), and every step's c if ``return_cells``; see ``seqcore.functional.lstm``."""
+        return functional.lstm(
+            input, hx, lengths=lengths, reset=reset, reset_hx=reset_hx, return_cells=return_cells, **self._options()
+        )
 
 
 class _Backend:

@@ -1,137 +1,102 @@
 """``seqcore::recurrence_forward`` and ``_backward``: one recurrent layer, all its directions, over a whole sequence.
 
-The products are the library's; the pointwise math of each step is one launch of ``kernels/recurrence/cells.py``.
-Weights come flat, ``weights_per_direction`` to a direction, in the order of ``reference.recurrence.Weights``.
+On a GPU (or interpreted) ``sequence.py`` runs the kernels, elsewhere ``reference/bptt.py`` the formulas written out.
+h0 and c0 may have twice the batch: the second half are the states that ``reset`` puts in place of a sequence's own.
+Weights come flat, in the order of ``reference.recurrence.Weights``, one direction after the other.
 """
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput
+from .. import cells as definitions
 from ..reference import bptt
-from ..reference.bptt import SAVED, Layout
-from ..reference.recurrence import GATES, group, packed_steps, padded_steps, wide
+from ..reference.bptt import Gradients, Kept
+from ..reference.recurrence import group, hidden_size, packed_steps, padded_steps
+from . import layout, sequence
+from .layer import Layer
 from .library import define, interpreted
 
-FORWARD_SCHEMA = (
-    "(str cell, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int directions, bool bias, Tensor? batch_sizes, "
-    "Tensor? lengths, Tensor? reset, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_INPUTS = (
+    "str cell, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int directions, bool bias, Tensor? batch_sizes, "
+    "Tensor? lengths, Tensor? reset"
 )
+# y, h_n, c_n; then saved, cells and hidden, as bptt.py describes them.
+FORWARD_SCHEMA = f"({_INPUTS}, bool save_gates, bool save_cells) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+# dx, dh0, dc0, and the weights' gradients.
 BACKWARD_SCHEMA = (
-    "(str cell, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int directions, bool bias, Tensor? batch_sizes, "
-    "Tensor? lengths, Tensor? reset, Tensor y, Tensor saved, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
-    "bool need_dx) -> (Tensor, Tensor, Tensor, Tensor[])"
+    f"({_INPUTS}, Tensor y, Tensor saved, Tensor cells, Tensor hidden, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
+    "Tensor? dcells, float? grad_clip, bool need_dx) -> (Tensor, Tensor, Tensor, Tensor[])"
 )
 
 
-def _layout(x: Tensor, h0: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None) -> Layout:
-    if batch_sizes is None:
-        return Layout(padded_steps(x.shape[0], x.shape[1]), lengths, reset)
-    steps = packed_steps(batch_sizes)
-    # In a compiled graph nobody has looked at these values before.
-    if steps.active[0] != h0.shape[1] or sum(steps.active) != x.shape[0]:
-        raise InvalidInput(
-            f"recurrence: a PackedSequence of {steps.active[0]} sequences and {sum(steps.active)} rows needs hx of as "
-            f"many sequences and data of as many rows, got {h0.shape[1]} and {x.shape[0]}"
-        )
-    return Layout(steps, lengths, reset)
+def _on_kernels(x: Tensor) -> bool:
+    return x.is_cuda or interpreted(x.dtype)
 
 
-class _Launcher:
-    """The pointwise kernels, behind the interface the time loop calls them by."""
-
-    def forward(self, cell, x_gates, h_gates, h, c, saved):
-        from ..kernels import tuning
-        from ..kernels.recurrence import cells
-
-        batch, hidden = x_gates.shape[0], x_gates.shape[1] // GATES[cell]
-        # A projected h is not hidden wide and no cell that projects reads it; x_gates stands in for the pointer.
-        entering = _rows(h) if h.shape[1] == hidden else x_gates
-        new_h = torch.empty(batch, hidden, dtype=h.dtype, device=h.device)
-        new_c = None if c is None else torch.empty(batch, hidden, dtype=torch.float32, device=h.device)
-        if batch:
-            tiles = tuning.pointwise_tiles(batch, hidden)
-            cells.pointwise_forward_kernel[_grid(tiles, batch, hidden)](
-                x_gates, h_gates.contiguous(), entering, _dense(c, h), new_h, _dense(new_c, h), _dense(saved, h),
-                batch, hidden, x_gates.stride(0), entering.stride(0), hidden,
-                STEP=getattr(cells, f"{cell}_step"), GATES=GATES[cell], SAVED=SAVED[cell],
-                HAS_C=c is not None, SAVE=saved is not None,
-                BLOCK_B=tiles.rows, BLOCK_H=tiles.columns, num_warps=tiles.num_warps,
-            )  # fmt: skip
-        return new_h, new_c
-
-    def backward(self, cell, saved, h, c, new_c, dh, dc, dx_gates, dh_gates):
-        from ..kernels import tuning
-        from ..kernels.recurrence import cells
-
-        batch, hidden = dh.shape
-        entering = _rows(h) if h.shape[1] == hidden else saved
-        dh_in = torch.empty_like(dh, memory_format=torch.contiguous_format)
-        dc_in = None if dc is None else torch.empty_like(dh_in)
-        if batch:
-            tiles = tuning.pointwise_tiles(batch, hidden)
-            cells.pointwise_backward_kernel[_grid(tiles, batch, hidden)](
-                saved, entering, _dense(c, dh), _dense(new_c, dh), dh.contiguous(), _dense(dc, dh),
-                dx_gates, dh_gates, dh_in, _dense(dc_in, dh), batch, hidden, entering.stride(0),
-                STEP_BACKWARD=getattr(cells, f"{cell}_step_backward"), GATES=GATES[cell], SAVED=SAVED[cell],
-                HAS_C=c is not None, SPLIT=cell == "gru",
-                BLOCK_B=tiles.rows, BLOCK_H=tiles.columns, num_warps=tiles.num_warps,
-            )  # fmt: skip
-        return dh_in, dc_in
-
-
-def _grid(tiles, batch: int, hidden: int) -> tuple[int, int]:
-    return -(-batch // tiles.rows), -(-hidden // tiles.columns)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _dense(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A contiguous tensor for the kernel; where there is none, any pointer, which the kernel is compiled not to use."""
-    return stand_in if tensor is None else tensor.contiguous()
-
-
-def _math(x: Tensor) -> bptt.Pointwise:
-    return _Launcher() if x.is_cuda or interpreted(x.dtype) else bptt.PLAIN
-
-
-def _forward(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, save):
-    rows = x.flatten(0, -2)
-    layout = _layout(x, h0, batch_sizes, lengths, reset)
+def _layer(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset) -> Layer:
+    rows = layout.of(x, h0, directions, batch_sizes, lengths, reset)
     grouped = group(weights, directions, bias)
-    y, h_n, c_n, saved, cells = bptt.forward(cell, rows, h0, c0, grouped, layout, save, _math(x))
-    return y.view(*x.shape[:-1], y.shape[-1]), h_n, c_n, saved, cells
+    return Layer(definitions.find(cell), x.flatten(0, -2), h0, c0, grouped, rows)
 
 
-def _forward_fake(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, save):
-    rows = x.flatten(0, -2).shape[0] if save else 0
-    hidden = weights[1].shape[0] // GATES[cell]
+def _steps(x: Tensor, h0: Tensor, batch_sizes: Tensor | None, lengths, reset) -> bptt.Layout:
+    if batch_sizes is None:
+        return bptt.Layout(padded_steps(x.shape[0], x.shape[1]), lengths, reset)
+    layout.packed(x, h0, 1, batch_sizes)  # raises where they do not fit together
+    return bptt.Layout(packed_steps(batch_sizes), lengths, reset)
+
+
+def _forward(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, save_gates, save_cells):
+    if _on_kernels(x):
+        layer = _layer(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset)
+        run = sequence.step if sequence.is_step(layer) else sequence.forward
+        y, h_n, c_n, kept = run(layer, save_gates, save_cells)
+    else:
+        steps, grouped = _steps(x, h0, batch_sizes, lengths, reset), group(weights, directions, bias)
+        y, h_n, c_n, kept = bptt.forward(cell, x.flatten(0, -2), h0, c0, grouped, steps, save_gates, save_cells)
+    return y.view(*x.shape[:-1], y.shape[-1]), h_n, c_n, *kept
+
+
+def _forward_fake(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, save_gates, save_cells):
+    definition = definitions.find(cell)
+    rows, batch = x.flatten(0, -2).shape[0], h0.shape[1] if batch_sizes is not None else x.shape[1]
+    hidden = hidden_size(weights[1], definition.gates)
+    projected = len(weights) // directions == (5 if bias else 3)
+    kept = rows if save_gates and not definition.saves_output else 0
     return (
         x.new_empty(*x.shape[:-1], directions * h0.shape[-1]),
-        h0.new_empty(h0.shape),
-        x.new_empty(0) if c0 is None else c0.new_empty(c0.shape),
-        x.new_empty(directions, rows, SAVED[cell] * hidden),
-        x.new_empty(directions, rows if c0 is not None else 0, hidden, dtype=wide(x.dtype)),
+        h0.new_empty(directions, batch, h0.shape[-1]),
+        x.new_empty(0) if c0 is None else c0.new_empty(directions, batch, hidden),
+        x.new_empty(directions, kept, definition.saved * hidden),
+        x.new_empty(rows if save_cells and definition.has_c else 0, directions * hidden),
+        x.new_empty(rows if save_cells and projected else 0, directions * hidden),
     )
 
 
 def _backward(
-    cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, y, saved, cells, dy, dh_n, dc_n, need_dx
-):
-    layout = _layout(x, h0, batch_sizes, lengths, reset)
-    grouped = group(weights, directions, bias)
-    dx, dh0, dc0, dweights = bptt.backward(
-        cell, x.flatten(0, -2), h0, c0, grouped, layout, y.flatten(0, -2), saved, cells,
-        None if dy is None else dy.flatten(0, -2), dh_n, dc_n, need_dx, _math(x),
-    )  # fmt: skip
+    cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, y, saved, cells, hidden,
+    dy, dh_n, dc_n, dcells, grad_clip, need_dx,
+):  # fmt: skip
+    rows, y = x.flatten(0, -2), y.flatten(0, -2)
+    gradients = Gradients(
+        None if dy is None else dy.flatten(0, -2), dh_n, dc_n, None if dcells is None else dcells.flatten(0, -2)
+    )
+    kept = Kept(saved, cells, hidden)
+    if _on_kernels(x):
+        layer = _layer(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset)
+        dx, dh0, dc0, dweights = sequence.backward(layer, y, kept, gradients, grad_clip, need_dx)
+    else:
+        steps, grouped = _steps(x, h0, batch_sizes, lengths, reset), group(weights, directions, bias)
+        dx, dh0, dc0, dweights = bptt.backward(
+            cell, rows, h0, c0, grouped, steps, y, kept, gradients, grad_clip, need_dx
+        )
     return dx.view(x.shape) if need_dx else dx, dh0, dc0, dweights
 
 
 def _backward_fake(
-    cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, y, saved, cells, dy, dh_n, dc_n, need_dx
-):
+    cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, y, saved, cells, hidden,
+    dy, dh_n, dc_n, dcells, grad_clip, need_dx,
+):  # fmt: skip
     return (
         x.new_empty(x.shape) if need_dx else x.new_empty(0),
         h0.new_empty(h0.shape),

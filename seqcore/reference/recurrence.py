@@ -7,8 +7,11 @@ Definitions are those of ``torch.nn.RNN``, ``GRU`` and ``LSTM`` (https://docs.py
     LSTM  i, f, o = s(a_i), s(a_f), s(a_o), g = tanh(a_g), c' = f c + i g, h' = W_hr (o tanh c')
 
 Beyond torch: ``lengths`` (the state is carried through, and y is zero, past a sequence's end; the reverse direction
-starts at its last valid step) and ``reset`` (the state entering a step is replaced by zeros; seen from the reverse
-direction the cut lies between the same two steps).
+starts at its last valid step), ``reset`` (the state entering a step is replaced by zeros or given states; seen from
+the reverse direction the cut lies between the same two steps), block-diagonal recurrent weights (``w_hh``
+[G, N, H/N, H/N]: N independent recurrences side by side), any cell of ``seqcore.cells``, and a bound on each element
+of the gradient of the gates' pre-activations, applied at every step before it travels on (Graves, "Generating
+Sequences With Recurrent Neural Networks", 2013).
 
 The products run in the inputs' dtype, the pointwise math and the LSTM's c in float32 or better, as in the kernels.
 """
@@ -20,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+from .. import cells
 
 
 class Weights(NamedTuple):
     """Parameters of one layer in one direction, shaped as in ``torch.nn``: G gates, P = H unless projected.
 
-    w_ih [G*H, I], w_hh [G*H, P], b_ih and b_hh [G*H] or None, w_hr [P, H] or None.
+    w_ih [G*H, I], w_hh [G*H, P] or [G, N, H/N, H/N], b_ih and b_hh [G*H] or None, w_hr [P, H] or None.
     """
 
     w_ih: Tensor
@@ -45,6 +48,40 @@ def group(weights: Sequence[Tensor], directions: int, bias: bool) -> list[Weight
         biases, others = (others[:2], others[2:]) if bias else ((None, None), others)
         grouped.append(Weights(w_ih, w_hh, *biases, others[0] if others else None))
     return grouped
+
+
+def hidden_size(w_hh: Tensor, gates: int) -> int:
+    return w_hh.shape[1] * w_hh.shape[2] if w_hh.dim() == 4 else w_hh.shape[0] // gates
+
+
+def recurrent_product(h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+    """h W_hh^T + b_hh, [B, G*H]."""
+    if w_hh.dim() == 2:
+        return F.linear(h, w_hh, b_hh)
+    by_block = torch.einsum("bnv,gnuv->bgnu", h.unflatten(-1, w_hh.shape[1:3]), w_hh).flatten(1)
+    return by_block if b_hh is None else by_block + b_hh
+
+
+class ClipGradient(torch.autograd.Function):
+    """x, with each element of its gradient held within ``bound`` of zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, bound):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.bound = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-ctx.bound, ctx.bound), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.view_as(tangent)
 
 
 class Steps(NamedTuple):
@@ -80,45 +117,23 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def pointwise(
-    cell: str, x_gates: Tensor, h_gates: Tensor, h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """One step's pointwise math from the two pre-activations, [B, G*H] each.
-
-    Returns the new (unprojected) h, the new c, and the activated gates, which is what a backward needs.
-    """
-    if cell == "rnn_tanh":
-        h = torch.tanh(x_gates + h_gates)
-        return h, None, (h,)
-    if cell == "rnn_relu":
-        h = torch.relu(x_gates + h_gates)
-        return h, None, (h,)
-    if cell == "gru":
-        x_r, x_z, x_n = x_gates.chunk(3, -1)
-        h_r, h_z, h_n = h_gates.chunk(3, -1)
-        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-        n = torch.tanh(x_n + r * h_n)
-        return n + z * (h - n), None, (r, z, n, h_n)
-    i, f, g, o = (x_gates + h_gates).chunk(4, -1)
-    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
-    c = f * c + i * g
-    return o * torch.tanh(c), c, (i, f, g, o)
-
-
-def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor | None]:
-    """One time step: x [B, I], h [B, P], c [B, H] or None to the next h and c; c comes back wide."""
-    x_gates = F.linear(x, weights.w_ih, weights.b_ih)
-    return _advance(cell, x_gates, h, c, weights)
-
-
-def _advance(cell: str, x_gates: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor | None]:
-    acc = wide(h.dtype)
-    h_gates = F.linear(h, weights.w_hh, weights.b_hh)
-    new_h, new_c, _ = pointwise(cell, x_gates.to(acc), h_gates.to(acc), h.to(acc), None if c is None else c.to(acc))
-    new_h = new_h.to(h.dtype)
+def advance(
+    cell: str, x_gates: Tensor, h: Tensor, c: Tensor | None, weights: Weights, grad_clip: float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """One step from its projected input [B, G*H]: h [B, P] and c [B, H] or None to the next ones; c comes back wide."""
+    definition, acc = cells.find(cell), wide(h.dtype)
+    h_gates = recurrent_product(h, weights.w_hh, weights.b_hh)
+    if grad_clip is not None:
+        x_gates, h_gates = ClipGradient.apply(x_gates, grad_clip), ClipGradient.apply(h_gates, grad_clip)
+    state, _ = definition.reference(
+        x_gates.to(acc).chunk(definition.gates, -1),
+        h_gates.to(acc).chunk(definition.gates, -1),
+        (h.to(acc),) if c is None else (h.to(acc), c.to(acc)),
+    )
+    new_h = state[0].to(h.dtype)
     if weights.w_hr is not None:
         new_h = F.linear(new_h, weights.w_hr)
-    return new_h, new_c
+    return new_h, None if c is None else state[1]
 
 
 def cut_before(reset: Tensor, lengths: Tensor | None, t: int, reverse: bool) -> Tensor | None:
@@ -134,6 +149,21 @@ def cut_before(reset: Tensor, lengths: Tensor | None, t: int, reverse: bool) -> 
     return reset[t + 1] if lengths is None else reset[t + 1] & (t + 1 < lengths)
 
 
+def split_initial(states: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """The initial states [B, …] and, if there are as many rows more, those that ``reset`` puts in a state's place."""
+    if states is None or states.shape[0] == batch:
+        return states, None
+    return states[:batch], states[batch:]
+
+
+def replaced(state: Tensor | None, cut: Tensor, by: Tensor | None) -> Tensor | None:
+    """``state`` where rows are not ``cut``; there zeros, or the rows of ``by``."""
+    if state is None:
+        return None
+    # Not by multiplying: a state that has become infinite or NaN is cut off, too.
+    return torch.where(cut[:, None], 0 if by is None else by.to(state.dtype), state)
+
+
 def direction(
     cell: str,
     x: Tensor,
@@ -145,28 +175,35 @@ def direction(
     reverse: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One direction of one layer over rows x [R, I] laid out as ``steps``: y [R, P], h_n [B, P], c_n [B, H]."""
+    grad_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One direction of one layer over rows x [R, I] laid out as ``steps``; h and c as ``layer`` takes them.
+
+    Returns y [R, P], h_n [B, P], and, for cells with c, c_n [B, H] and every step's c [R, H] (zero past ``lengths``).
+    """
     x_gates = F.linear(x, weights.w_ih, weights.b_ih)
+    batch = steps.active[0]
+    (h, reset_h), (c, reset_c) = split_initial(h, batch), split_initial(c, batch)
     outputs: dict[int, Tensor] = {}
+    all_c: dict[int, Tensor] = {}
     for t in steps.order(reverse):
         active = steps.active[t]
         h_in, c_in = h[:active], None if c is None else c[:active]
         cut = None if reset is None else cut_before(reset, lengths, t, reverse)
         if cut is not None:
-            # Not by multiplying: a state that has become infinite or NaN is cut off, too.
-            h_in = h_in.masked_fill(cut[:, None], 0)
-            c_in = None if c_in is None else c_in.masked_fill(cut[:, None], 0)
-        new_h, new_c = _advance(cell, x_gates[steps.rows(t)], h_in, c_in, weights)
-        outputs[t] = new_h
+            h_in, c_in = replaced(h_in, cut, reset_h), replaced(c_in, cut, reset_c)
+        new_h, new_c = advance(cell, x_gates[steps.rows(t)], h_in, c_in, weights, grad_clip)
+        outputs[t], all_c[t] = new_h, new_c
         if lengths is not None:
             valid = (t < lengths)[:, None]
-            outputs[t] = torch.where(valid, new_h, 0)
+            outputs[t], all_c[t] = torch.where(valid, new_h, 0), None if new_c is None else torch.where(valid, new_c, 0)
             new_h = torch.where(valid, new_h, h)
             new_c = None if new_c is None else torch.where(valid, new_c, c.to(new_c.dtype))
         h = replace_first(h, new_h)
         c = None if new_c is None else replace_first(c, new_c)
-    return torch.cat([outputs[t] for t in range(len(steps.active))]), h, c
+    in_order = range(len(steps.active))
+    y = torch.cat([outputs[t] for t in in_order])
+    return y, h, c, None if c is None else torch.cat([all_c[t] for t in in_order]).to(y.dtype)
 
 
 def replace_first(old: Tensor, new: Tensor) -> Tensor:
@@ -184,33 +221,40 @@ def layer(
     steps: Steps,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    grad_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """All directions of one layer.
 
     Args:
         x: [T, B, I], or [R, I] for packed rows.
-        h0, c0: [D, B, P] and [D, B, H]; c0 is None for cells without c.
+        h0, c0: [D, B, P] and [D, B, H]; c0 is None for cells without c. B rows more in each are the states that
+            ``reset`` puts in place of a sequence's own, which are zeros otherwise.
         weights: one ``Weights`` a direction; the second one walks backward in time.
 
     Returns:
-        y, shaped like x with D*P columns; h_n; c_n.
+        y, shaped like x with D*P columns; h_n; c_n; every step's c, shaped like x with D*H columns.
     """
     rows = x.flatten(0, -2)
     results = [
         direction(
             cell, rows, h0[d], None if c0 is None else c0[d], weights[d], steps,
-            reverse=d == 1, lengths=lengths, reset=reset,
+            reverse=d == 1, lengths=lengths, reset=reset, grad_clip=grad_clip,
         )
         for d in range(len(weights))
     ]  # fmt: skip
-    y = torch.cat([y for y, _, _ in results], -1)
-    h_n = torch.stack([h for _, h, _ in results])
-    c_n = None if c0 is None else torch.stack([c for _, _, c in results]).to(c0.dtype)
-    return y.reshape(*x.shape[:-1], y.shape[-1]), h_n, c_n
+    y = torch.cat([result[0] for result in results], -1)
+    h_n = torch.stack([result[1] for result in results])
+    y = y.reshape(*x.shape[:-1], y.shape[-1])
+    if c0 is None:
+        return y, h_n, None, None
+    c_n = torch.stack([result[2] for result in results]).to(c0.dtype)
+    all_c = torch.cat([result[3] for result in results], -1)
+    return y, h_n, c_n, all_c.reshape(*x.shape[:-1], all_c.shape[-1])
 
 
-# (x, h0 [D, B, P], c0 [D, B, H] or None, weights of each direction) -> y, h_n, c_n
-Layer = Callable[[Tensor, Tensor, Tensor | None, Sequence[Weights]], tuple[Tensor, Tensor, Tensor | None]]
+# (x, h0 [D, B, P], c0 [D, B, H] or None, weights of each direction) -> y, h_n, c_n, every step's c
+LayerResult = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Layer = Callable[[Tensor, Tensor, Tensor | None, Sequence[Weights]], LayerResult]
 
 
 def stack(
@@ -222,15 +266,18 @@ def stack(
     *,
     dropout: float = 0.0,
     training: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Layers upon each other, dropout between them; ``weights[l][d]``, h0 [L*D, B, P], c0 [L*D, B, H] or None."""
+) -> LayerResult:
+    """Layers upon each other, dropout between them; ``weights[l][d]``, h0 [L*D, B, P], c0 [L*D, B, H] or None.
+
+    Returns the last layer's y, every layer's h_n and c_n, and the last layer's c of every step.
+    """
     directions = len(weights[0])
     h_n, c_n = [], []
     for index, layer_weights in enumerate(weights):
         if index and dropout and training:
             x = F.dropout(x, dropout)
         here = slice(index * directions, (index + 1) * directions)
-        x, h, c = layer(x, h0[here], None if c0 is None else c0[here], layer_weights)
+        x, h, c, all_c = layer(x, h0[here], None if c0 is None else c0[here], layer_weights)
         h_n.append(h)
         c_n.append(c)
-    return x, torch.cat(h_n), None if c0 is None else torch.cat(c_n)
+    return x, torch.cat(h_n), None if c0 is None else torch.cat(c_n), all_c

@@ -129,7 +129,7 @@ def compile_entry(entry: Entry) -> Row:
                 options={"num_warps": entry.num_warps, "num_stages": entry.num_stages},
             )
         row |= resources(compiled)
-        error = violation(row)
+        error = violation(row) or broken_promise(entry, compiled, row)
     except Exception as exception:
         error = _innermost(exception)
     return row | {"seconds": round(time.perf_counter() - began, 2), "ok": error is None, "error": error}
@@ -214,6 +214,22 @@ def violation(row: Row) -> str | None:
     if row["spills"] > row["budget"]:
         return f"spills {row['spills']} bytes a thread; its recorded budget is {row['budget']}"
     return None
+
+
+def broken_promise(entry: Entry, compiled, row: Row) -> str | None:
+    """What ``entry`` says of its program that is not so, or None."""
+    above = allocations_above_loop(compiled.asm["ttgir"])
+    if above < entry.stationary:
+        return f"holds {above} tiles in shared memory before the time loop, not all {entry.stationary} of the weights"
+    if entry.instruction is not None and entry.instruction not in row["mma"]:
+        return f"uses {' and '.join(row['mma']) or 'no matrix instruction'}, not {entry.instruction}"
+    return None
+
+
+def allocations_above_loop(ttgir: str) -> int:
+    """How many tensors a program puts into shared memory before its first loop begins."""
+    before, _, _ = ttgir.partition("scf.for")
+    return before.count("ttg.local_alloc")
 
 
 def compile_all(entries: list[Entry], jobs: int) -> Iterator[Row]:

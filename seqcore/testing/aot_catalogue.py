@@ -12,9 +12,9 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+from ..cells import BUILT_IN, Cell
 from ..kernels import tuning
-from ..reference.bptt import SAVED
-from ..reference.recurrence import GATES
+from ..kernels.recurrence import plan as plans
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
@@ -48,6 +48,8 @@ class Entry:
             is an error.
         constants: compile-time arguments by name; a device function as a :class:`Function`.
         tags: the properties by which entries are told apart and covered, besides kernel and target.
+        stationary: how many tiles of weights must be in shared memory before the time loop begins.
+        instruction: the matrix instruction that must be used, if it is certain which.
     """
 
     kernel: Function
@@ -57,6 +59,8 @@ class Entry:
     num_warps: int
     num_stages: int
     tags: dict[str, str] = field(default_factory=dict)
+    stationary: int = 0
+    instruction: str | None = None
 
     @property
     def name(self) -> str:
@@ -65,7 +69,9 @@ class Entry:
     @property
     def configuration(self) -> str:
         tiles = "x".join(str(value) for name, value in self.constants.items() if name in ("BLOCK_M", "BLOCK_N"))
-        tiles = tiles or "x".join(str(self.constants[name]) for name in ("BLOCK_B", "BLOCK_H"))
+        tiles = tiles or "x".join(
+            str(self.constants[name]) for name in ("BLOCK_B", "BLOCK_H", "BLOCK_K") if name in self.constants
+        )
         return f"{' '.join(self.tags.values())} {tiles} w{self.num_warps} s{self.num_stages}"
 
     @property
@@ -78,13 +84,16 @@ class Entry:
         return spill_budgets().get(self.target, {}).get(self.name, {}).get(self.variant, 0)
 
     def pairs(self) -> set[tuple]:
-        properties = [("kernel", self.name), ("target", self.target), *self.tags.items()]
-        return set(combinations(properties, 2))
+        """Pairs of its properties; the sizes of a recurrence, of which there are many, pair with the kernel alone."""
+        sizes = [(tag, value) for tag, value in self.tags.items() if tag in ("hidden", "batch")]
+        others = [(tag, value) for tag, value in self.tags.items() if tag not in ("hidden", "batch")]
+        kernel = ("kernel", self.name)
+        return set(combinations([kernel, ("target", self.target), *others], 2)) | {(kernel, size) for size in sizes}
 
 
 def catalogue() -> list[Entry]:
     """Every kernel in every configuration that the library may launch."""
-    return [*_pointwise(), *_attention()]
+    return [*_recurrence(), *_floors(), *_attention()]
 
 
 def covering(entries: Iterable[Entry]) -> list[Entry]:
@@ -102,46 +111,130 @@ def covering(entries: Iterable[Entry]) -> list[Entry]:
 # --- recurrence ----------------------------------------------------------------------------------------------
 
 
-def _pointwise() -> Iterator[Entry]:
-    module = "recurrence.cells"
-    for cell, dtype, hidden, target in product(GATES, POINTERS, (768, 650), TARGETS):
-        gates, saved = GATES[cell], SAVED[cell]
-        tiles = tuning.pointwise_tiles(64, hidden)
-        shared = {
-            "h_ptr": POINTERS[dtype], "c_ptr": "*fp32", "saved_ptr": POINTERS[dtype],
-            "B": 64, "H": hidden, "stride_h": hidden,
+# Every regime, sizes that pad no tile and sizes that pad every one; a batch for each number of rows a program may have.
+HIDDEN = (128, 256, 512, 650, 768, 1000, 1024, 1536, 2048)
+BATCHES = {"bfloat16": (16, 64, 256), "float16": (16,), "float32": (16, 256)}
+# Where nobody has measured yet, and for kernels that hold nothing, a few sizes show what there is to see.
+FEW_HIDDEN = (128, 650, 2048)
+# The pointers of all recurrence kernels that are not in the input's dtype.
+INTEGERS = {
+    "offset_ptr": "*i64", "active_ptr": "*i64", "source_ptr": "*i64", "last_ptr": "*i64", "steps_ptr": "*i64",
+    "counter_ptr": "*i32",
+}  # fmt: skip
+TENSORS = (
+    "x_gates", "w_hh", "b_hh", "h_init", "c_init", "y", "cells", "saved", "h_n", "c_n", "dy", "dcells", "dh_n", "dc_n",
+    "dx_gates", "dh_gates", "dh_init", "dc_init", "x", "w_ih", "b_ih", "h", "c", "h_gates",
+)  # fmt: skip
+
+
+def _recurrence() -> Iterator[Entry]:
+    for cell, dtype, hidden, target in product(BUILT_IN, POINTERS, HIDDEN, TARGETS):
+        few = hidden in FEW_HIDDEN
+        if few:
+            yield _pointwise_entry(cell, dtype, hidden, target)
+        if not few and target not in ("sm_80", "sm_90"):
+            continue
+        for batch, backward in product(BATCHES[dtype], (False, True)):
+            shape = plans.Shape(cell.gates, hidden, 1, batch, 1, 4 if dtype == "float32" else 2, backward)
+            plan = plans.make(shape, tuning.Device(target))
+            # A map changes nothing about tiles and products: one batch in one dtype shows it.
+            for mapped in (False, True) if dtype == "bfloat16" and batch == 16 else (False,):
+                yield _sequence_entry(cell, dtype, target, shape, plan, mapped)
+            if few and not backward:
+                yield _step_entry(cell, dtype, target, shape)
+
+
+def _recurrence_arguments(cell: Cell, dtype: str, hidden: int) -> dict[str, str | int | float]:
+    width = max(cell.gates, cell.saved) * hidden
+    numbers = {"T": 512, "B": 64, "R": 512 * 64, "H": hidden, "first_group": 0, "groups": 2, "clip": 1.0}
+    strides = dict.fromkeys((f"stride_{name}" for name in ("x", "saved", "saved_d", "h", "c", "initial")), width)
+    strides["stride_y"] = hidden
+    return {f"{name}_ptr": POINTERS[dtype] for name in TENSORS} | INTEGERS | numbers | strides
+
+
+def _cell_constants(cell: Cell, backward: bool) -> dict[str, Any]:
+    step = "STEP_BACKWARD" if backward else "STEP"
+    function = cell.step_backward if backward else cell.step
+    constants = {"GATES": cell.gates, "SAVED": cell.saved, "HAS_C": cell.has_c}
+    return constants | {step: Function(function.removeprefix("seqcore.kernels."))}
+
+
+def _sequence_entry(cell: Cell, dtype: str, target: str, shape, plan, mapped: bool) -> Entry:
+    constants = _cell_constants(cell, shape.backward) | {
+        "MAPPED": mapped, "NATIVE": target.startswith("sm_"), "BLOCKS": 1, "UNITS": shape.units,
+        "SLICES": plan.slices, "HOLD": plan.hold, "SWAP": plan.swap, "STAGE": plan.stage,
+        "PRECISION": _precisions(dtype, target)[-1], "BLOCK_B": plan.rows, "BLOCK_H": plan.units,
+        "BLOCK_K": plan.tile,
+    }  # fmt: skip
+    if shape.backward:
+        has_c = cell.has_c
+        constants |= {
+            "APART": cell.apart, "HAS_DY": True, "HAS_DCELLS": has_c and mapped, "HAS_DH_N": True, "HAS_DC_N": has_c,
+            "CLIP": mapped, "RESETS": mapped, "FOLD": plan.fold,
         }  # fmt: skip
-        forward = {
-            "x_gates_ptr": POINTERS[dtype], "h_gates_ptr": POINTERS[dtype], "h_out_ptr": POINTERS[dtype],
-            "c_out_ptr": "*fp32", "stride_x": gates * hidden, "stride_h_out": hidden,
-        }  # fmt: skip
-        backward = {
-            "c_new_ptr": "*fp32", "dh_ptr": "*fp32", "dc_ptr": "*fp32", "dh_out_ptr": "*fp32", "dc_out_ptr": "*fp32",
-            "dx_gates_ptr": POINTERS[dtype], "dh_gates_ptr": POINTERS[dtype],
-        }  # fmt: skip
-        common = {
-            "GATES": gates, "SAVED": saved, "HAS_C": cell == "lstm", "BLOCK_B": tiles.rows, "BLOCK_H": tiles.columns,
-        }  # fmt: skip
-        tags = {"cell": cell, "dtype": dtype, "hidden": f"H={hidden}"}
-        for save in (True, False):
-            yield Entry(
-                Function(f"{module}:pointwise_forward_kernel"),
-                target,
-                shared | forward,
-                common | {"STEP": Function(f"{module}:{cell}_step"), "SAVE": save},
-                tiles.num_warps,
-                tiles.num_stages,
-                tags | {"save": "training" if save else "inference"},
-            )
-        yield Entry(
-            Function(f"{module}:pointwise_backward_kernel"),
-            target,
-            shared | backward,
-            common | {"STEP_BACKWARD": Function(f"{module}:{cell}_step_backward"), "SPLIT": cell == "gru"},
-            tiles.num_warps,
-            tiles.num_stages,
-            tags,
-        )
+        outputs = 1
+    else:
+        first, rest = plans.split(cell.gates, plan.padded)
+        constants |= {"BIAS": True, "SAVE": True, "SAVE_CELLS": cell.has_c, "MAIN": first, "REST": rest}
+        outputs = 2 if rest else 1
+    name = "backward" if shape.backward else "forward"
+    tiles = -(-shape.contraction // (plan.fold * plan.tile))
+    # wgmma takes 64 rows at a time, two dimensions, and 16-bit operands as they come.
+    wide = target == "sm_90" and plan.rows >= 64 and plan.fold == 1 and dtype != "float32"
+    tags = {
+        "cell": cell.name, "dtype": dtype, "regime": plan.regime, "hidden": f"H={shape.units}",
+        "batch": f"B={shape.batch}", "input": "mapped" if mapped else "padded",
+    }  # fmt: skip
+    return Entry(
+        Function(f"recurrence.{name}:recurrence_{name}_kernel"),
+        target,
+        _recurrence_arguments(cell, dtype, shape.units),
+        constants,
+        plan.num_warps,
+        1,
+        tags,
+        stationary=tiles * outputs if plan.hold and target.startswith("sm_") else 0,
+        instruction="wgmma" if wide else None,
+    )
+
+
+def _step_entry(cell: Cell, dtype: str, target: str, shape) -> Entry:
+    plan = plans.make_step(shape, tuning.Device(target))
+    first, rest = plans.split(cell.gates, plan.padded)
+    constants = _cell_constants(cell, backward=False) | {
+        "BIAS": True, "SAVE": True, "SAVE_CELLS": cell.has_c, "INPUTS": shape.units, "BLOCKS": 1, "UNITS": shape.units,
+        "SLICES": plan.slices, "MAIN": first, "REST": rest, "SWAP": plan.swap, "STAGE": plan.stage,
+        "PRECISION": _precisions(dtype, target)[-1], "BLOCK_B": plan.rows, "BLOCK_H": plan.units, "BLOCK_K": plan.tile,
+    }  # fmt: skip
+    tags = {"cell": cell.name, "dtype": dtype, "hidden": f"H={shape.units}", "batch": f"B={shape.batch}"}
+    arguments = _recurrence_arguments(cell, dtype, shape.units)
+    return Entry(
+        Function("recurrence.step:recurrence_step_kernel"), target, arguments, constants, plan.num_warps, 1, tags
+    )
+
+
+def _pointwise_entry(cell: Cell, dtype: str, hidden: int, target: str) -> Entry:
+    tiles = tuning.pointwise_tiles(4096, hidden)
+    constants = _cell_constants(cell, backward=False) | {"BLOCK_B": tiles.rows, "BLOCK_H": tiles.columns}
+    tags = {"cell": cell.name, "dtype": dtype, "hidden": f"H={hidden}"}
+    arguments = _recurrence_arguments(cell, dtype, hidden)
+    return Entry(
+        Function("recurrence.pointwise:pointwise_kernel"), target, arguments, constants, tiles.num_warps, 1, tags
+    )
+
+
+def _floors() -> Iterator[Entry]:
+    """What the recurrences are judged by; the exchange with and without padded tiles, in 16 rows and in 64."""
+    for target in TARGETS:
+        yield Entry(Function("floors:empty_kernel"), target, {}, {}, 4, 1, {"floor": "launch"})
+        arguments = {"rows_ptr": "*i32", "counter_ptr": "*i32", "T": 1024, "teams": 2}
+        yield Entry(Function("floors:barrier_kernel"), target, arguments, {"SLICES": 48}, 4, 1, {"floor": "barrier"})
+        for width, share, rows, warps in ((384, 8, 16, 4), (325, 8, 64, 8)):
+            constants = {
+                "SLICES": -(-width // share), "WIDTH": width, "SHARE": share, "BLOCK_B": rows, "BLOCK_K": 128,
+            }  # fmt: skip
+            tags = {"floor": f"exchange {width}x{rows}"}
+            yield Entry(Function("floors:exchange_kernel"), target, arguments, constants, warps, 1, tags)
 
 
 # --- attention -----------------------------------------------------------------------------------------------

@@ -4,31 +4,15 @@ On a GPU the kernels run compiled, in every dtype and at sizes that fill many ti
 are small. Each case runs twice, and the two results must agree in every bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
-from .. import functional
 from ..backends import INTERPRETED
-from ..reference.recurrence import GATES
+from . import cases
 from .budget import check_budget
-
-Results = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something to compute with any backend. ``run(tensors, backend)`` returns outputs by name.
-
-    ``kernels`` says which kernels make which result: a result's name maps to them, gradients of input x as "dx".
-    """
-
-    name: str
-    tensors: dict[str, Tensor]
-    run: Callable[[Results, str], Results]
-    kernels: dict[str, str]
+from .cases import Case, Results
 
 
 @dataclass(frozen=True)
@@ -57,10 +41,21 @@ def dtypes() -> tuple[torch.dtype, ...]:
 
 
 def verify(device: torch.device) -> Iterator[Row]:
-    """Run every case in every dtype on ``device``, which is a GPU, or the CPU in a process that interprets kernels."""
-    for case in (*_recurrences(device), *_attentions(device)):
-        for dtype in dtypes():
-            yield from _judge(case, dtype)
+    """Run every case in every dtype on ``device``, which is a GPU, or the CPU in a process that interprets kernels.
+
+    float32 means float32: torch's switches for TF32 are off meanwhile.
+    """
+    switches = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        for case in (*cases.recurrences(device), *cases.attentions(device)):
+            for dtype in dtypes():
+                yield from _judge(case, dtype)
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 def _judge(case: Case, dtype: torch.dtype) -> Iterator[Row]:
@@ -95,85 +90,6 @@ def _compute(case: Case, inputs: Results, backend: str) -> Results:
     gradients = torch.autograd.grad(list(outputs.values()), [leaves[name] for name in wanted], cotangents)
     found = {name: t.detach() for name, t in outputs.items()}
     return found | {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
-
-
-def _recurrences(device: torch.device) -> Iterator[Case]:
-    T, B, inputs, hidden = (4, 5, 3, 31) if INTERPRETED else (32, 17, 96, 257)
-    backward = "pointwise_backward_kernel"
-    for cell in GATES:
-        # No relu: its slope jumps at 0, where two right answers may differ by the whole gradient.
-        if cell == "rnn_relu":
-            continue
-        for lengths in (False, True):
-            generator = torch.Generator().manual_seed(0)
-            tensors = {"x": torch.randn(T, B, inputs, generator=generator)}
-            tensors |= {"h0": torch.randn(2, B, hidden, generator=generator)}
-            if cell == "lstm":
-                tensors["c0"] = torch.randn(2, B, hidden, generator=generator)
-            for suffix in ("", "_reverse"):
-                for kind, columns in (("w_ih", inputs), ("w_hh", hidden), ("b_ih", None), ("b_hh", None)):
-                    shape = (GATES[cell] * hidden,) if columns is None else (GATES[cell] * hidden, columns)
-                    tensors[kind + suffix] = torch.randn(shape, generator=generator) * hidden**-0.5
-            if lengths:
-                tensors["lengths"] = torch.arange(B) % T + 1
-            quantities = {f"d{name}": backward for name in tensors}
-            yield Case(
-                name=f"{cell} T={T} B={B} H={hidden} both directions" + (" ragged" if lengths else ""),
-                tensors={name: t.to(device) for name, t in tensors.items()},
-                run=_run_recurrence(cell),
-                kernels={"default": "pointwise_forward_kernel", **quantities},
-            )
-
-
-def _run_recurrence(cell: str) -> Callable[[Results, str], Results]:
-    def run(tensors: Results, backend: str) -> Results:
-        weights = [t for name, t in tensors.items() if name[:2] in ("w_", "b_")]
-        hx = (tensors["h0"], tensors["c0"]) if cell == "lstm" else tensors["h0"]
-        function = {"rnn_tanh": functional.rnn, "gru": functional.gru, "lstm": functional.lstm}[cell]
-        y, state = function(
-            tensors["x"], hx, weights, bidirectional=True, lengths=tensors.get("lengths"), backend=backend
-        )
-        return {"y": y, "h_n": state[0], "c_n": state[1]} if cell == "lstm" else {"y": y, "h_n": state}
-
-    return run
-
-
-def _attentions(device: torch.device) -> Iterator[Case]:
-    sizes = [(333, 517, 64), (517, 333, 128), (130, 257, 96), (65, 190, 256)]
-    if INTERPRETED:
-        sizes = [(37, 20, 20), (20, 37, 40)]
-    backward = "attention_backward_delta_kernel, attention_backward_{}_kernel"
-    kernels = {"default": "attention_forward_kernel", "dq": backward.format("dq")}
-    kernels |= dict.fromkeys(("dk", "dv"), backward.format("dkdv"))
-    for M, N, D in sizes:
-        for causal in (None, "top_left", "lower_right"):
-            for mask in ("none", "bool", "additive"):
-                generator = torch.Generator().manual_seed(0)
-                tensors = {"q": torch.randn(2, 4, M, D, generator=generator)}
-                tensors |= {name: torch.randn(2, 2, N, D, generator=generator) for name in "kv"}
-                additive = None
-                if mask == "bool":
-                    tensors["mask"] = torch.rand(2, 1, M, N, generator=generator) > 0.3
-                elif mask == "additive":
-                    additive = torch.randn(M, N, generator=generator).half().to(device)
-                yield Case(
-                    name=f"attention M={M} N={N} D={D} causal={causal} mask={mask}",
-                    tensors={name: t.to(device) for name, t in tensors.items()},
-                    run=_run_attention(causal, additive),
-                    kernels=kernels,
-                )
-
-
-def _run_attention(causal: str | None, additive: Tensor | None) -> Callable[[Results, str], Results]:
-    def run(tensors: Results, backend: str) -> Results:
-        q, k, v = tensors["q"], tensors["k"], tensors["v"]
-        mask = tensors.get("mask") if additive is None else additive.to(q.dtype)
-        out, lse = functional.attention(
-            q, k, v, attn_mask=mask, causal=causal, enable_gqa=True, return_lse=True, backend=backend
-        )
-        return {"out": out, "lse": lse}
-
-    return run
 
 
 def as_json(rows: list[Row]) -> list[dict]:

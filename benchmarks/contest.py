@@ -1,0 +1,65 @@
+"""One layer against its peers, from the weights to the row."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.flops import work
+from benchmarks.layers import DENSE, TORCH, Layer, build_layers, check, make_data, memory, passes
+from benchmarks.rows import extra_info
+from benchmarks.shapes import Case, Sizes
+from benchmarks.timing import Stopwatch, race
+from seqcore import UnsupportedInput
+
+# What a suite adds to a row, from ours, torch's layer and the input.
+More = Callable[[Layer, Layer, Tensor], dict]
+
+
+def contest(
+    benchmark,
+    suite: str,
+    case: Case,
+    sizes: Sizes,
+    stopwatch: Stopwatch,
+    describe: Callable[[], dict],
+    more: More = lambda ours, torchs, x: {},
+) -> None:
+    """Check ours, then time it and ``sizes.peers`` in turn, and write the row; skip what is not supported here."""
+    try:
+        layers = build_layers(case, sizes)
+        x, dy = make_data(case, sizes.device)
+        ours, torchs = layers.pop(sizes.ours), layers.get(TORCH) or layers[DENSE]
+        checked = check(case, sizes, ours, torchs, x, dy)
+        memory_bytes, memory_kind = memory(case, ours, x, dy)
+        added = more(ours, torchs, x)
+        peers = {name: passes(case, layer, x, dy) for name, layer in layers.items()}
+        timing, peer_timings = race(benchmark, stopwatch, passes(case, ours, x, dy), peers, sizes.case_seconds)
+    except UnsupportedInput as error:
+        pytest.skip(f"not supported: {error}")
+    except torch.OutOfMemoryError:
+        pytest.skip("does not fit this GPU's memory")
+    finally:
+        if sizes.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+    benchmark.group = f"{case.op} {case.pass_} {case.sweep}"
+    benchmark.extra_info |= extra_info(
+        suite,
+        case.op,
+        case.pass_,
+        case.dtype,
+        case.shape,
+        timing,
+        peer_timings,
+        work(case.op, case.pass_, case.shape, x.element_size()),
+        describe(),
+        sweep=case.sweep,
+        backend=sizes.ours,
+        memory_bytes=memory_bytes,
+        memory_kind=memory_kind,
+        checked_shape=checked,
+        **added,
+    )

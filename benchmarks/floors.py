@@ -1,0 +1,267 @@
+"""The least time a recurrence can take on this GPU: what is measured for it, and what its floor is made of.
+
+A step of one layer, split over the GPU as its plan says, cannot take less than
+
+    step = exchange + max(weights, products)
+
+    exchange  every program stores its share of the state, passes the barrier and reads all of its team's: measured,
+              by a kernel that does nothing else, with the plan's slices, teams, rows and warps. Forward exchanges h,
+              H/N columns of N blocks; backward the gates' gradients, G H/N columns. One slice exchanges nothing.
+    weights   each program reads its G · units · H/N weights once: out of shared memory at 128 bytes a cycle, at the
+              highest clock and times the programs on one multiprocessor; or, streamed, all programs together out of
+              L2, at the rate measured there.
+    products  2 · B · G · H · H/N · D operations at the rate of a large bfloat16 product, whatever the dtype.
+
+The sequence takes T steps forward and as many backward, and a batch that needs several launches that many times
+more. All other products run over all steps at once: their operations at the matrix rate or, if that is longer, the
+layer's bytes at the copy bandwidth. The floor of the layer is the sum.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.flops import GATES, recurrent_flops
+from benchmarks.shapes import Case
+from benchmarks.timing import Call, Roofs, Stopwatch, Timing
+from seqcore.backends import describe
+from seqcore.kernels.recurrence import plan as plans
+
+NEEDS_A_GPU = "needs a GPU: programs that run at the same time and wait for each other"
+SHARED_BYTES_PER_CYCLE = 128
+WORD = 4
+ROUNDS = 7
+LONG, SHORT = 1024, 128
+MOST_BYTES = 2**30
+LAUNCHES = 200
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the programs of one launch tell each other at every step. Widths in bytes of one row."""
+
+    slices: int
+    teams: int
+    rows: int
+    width: int
+    share: int
+    num_warps: int
+
+    @property
+    def bytes_read(self) -> int:
+        """By each program, at each step."""
+        return self.rows * self.width
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """``width`` and ``share`` in words, rounded up."""
+        return -(-self.width // WORD), -(-self.share // WORD)
+
+    @property
+    def block(self) -> int:
+        """Words of a row read at once."""
+        return min(128 if self.rows <= 64 else 64, 1 << (self.words[0] - 1).bit_length())
+
+    def rows_of(self, steps: int, device: str) -> Tensor:
+        """The kernel's buffer: random rows of step 0, and others that nobody has written."""
+        rows = torch.full((steps + 1, self.teams * self.rows, self.words[0]), -1, dtype=torch.int32, device=device)
+        rows[0].random_(0, 2**31 - 1)
+        return rows
+
+    def run(self, rows: Tensor, steps: int) -> None:
+        """Launch ``steps`` exchanges over ``rows``."""
+        from seqcore.kernels import floors
+
+        width, share = self.words
+        floors.exchange_kernel[(self.teams * self.slices,)](
+            rows, _counters(self.teams, rows.device), steps, self.teams,
+            SLICES=self.slices, WIDTH=width, SHARE=share, BLOCK_B=self.rows, BLOCK_K=self.block,
+            num_warps=self.num_warps, num_stages=1, **_cooperative(rows.device),
+        )  # fmt: skip
+
+    def follow(self, rows: Tensor) -> Tensor:
+        """What follows, one step later, from each step's ``rows`` [T, R, words]: the kernel's oracle."""
+        width, share = self.words
+        tiles = F.pad(rows, (0, -width % self.block)).unflatten(-1, (-1, self.block))
+        total = tiles.sum(-2, dtype=torch.int32) + 1
+        return total[..., torch.arange(width, device=rows.device) % share % self.block]
+
+    def check(self, rows: Tensor) -> None:
+        """Raise AssertionError unless every step follows from the one before."""
+        for first in range(0, len(rows) - 1, 64):
+            part = rows[first : first + 65]
+            assert torch.equal(part[1:], self.follow(part[:-1])), f"{self}: wrong within 64 steps of step {first}"
+
+
+def run_barrier(slices: int, teams: int, steps: int, device: str, num_warps: int = 4) -> Tensor:
+    """Launch ``steps`` empty barriers; the counters afterwards."""
+    from seqcore.kernels import floors
+
+    counters = _counters(teams, torch.device(device))
+    floors.barrier_kernel[(teams * slices,)](
+        counters, steps, SLICES=slices, num_warps=num_warps, num_stages=1, **_cooperative(counters.device)
+    )
+    return counters
+
+
+def _counters(teams: int, device: torch.device) -> Tensor:
+    from seqcore.kernels import grid
+
+    return torch.zeros(teams * grid.COUNTER_STRIDE.value, dtype=torch.int32, device=device)
+
+
+def _cooperative(device: torch.device) -> dict:
+    # A launch whose programs cannot all be resident then fails, where it would hang.
+    return {"launch_cooperative_grid": True} if device.type == "cuda" else {}
+
+
+class FloorMeter:
+    """Measures this GPU's floors, each once, by the clock that measures everything compared with them."""
+
+    def __init__(self, stopwatch: Stopwatch):
+        properties = torch.cuda.get_device_properties()
+        self.stopwatch = stopwatch
+        self.multiprocessors = properties.multi_processor_count
+        self.clock_hz = properties.clock_rate * 1e3
+        self.exchange = functools.cache(self._exchange)
+
+    @property
+    def shared_bytes_per_us(self) -> float:
+        """Of one multiprocessor; by the architecture, not measured."""
+        return SHARED_BYTES_PER_CYCLE * self.clock_hz / 1e6
+
+    def barrier(self, programs: int) -> Timing:
+        """Milliseconds of one barrier among that many programs."""
+        return self._per_step(lambda steps: run_barrier(programs, 1, steps, "cuda"), LONG)
+
+    def _exchange(self, exchange: Exchange) -> Timing:
+        step_bytes = exchange.teams * exchange.rows * exchange.words[0] * WORD
+        longest = max(2 * SHORT, min(LONG, MOST_BYTES // step_bytes))
+        rows = exchange.rows_of(longest, "cuda")
+        exchange.run(rows, longest)
+        exchange.check(rows)
+        return self._per_step(lambda steps: exchange.run(rows, steps), longest)
+
+    def _per_step(self, run: Callable[[int], object], longest: int) -> Timing:
+        """Milliseconds a step, out of a long and a short launch: what launching costs cancels."""
+
+        def sample() -> float:
+            long = self.stopwatch(lambda: run(longest))
+            return (long - self.stopwatch(lambda: run(SHORT))) / (longest - SHORT)
+
+        sample()
+        return Timing.of([sample() for _ in range(ROUNDS)])
+
+    @functools.cached_property
+    def l2_bytes_per_us(self) -> float:
+        """Of the whole GPU: what more bytes cost all programs that exchange them."""
+        few, many = (
+            Exchange(self.multiprocessors, 1, 16, kib * 1024 // 16, kib * 1024 // 16 // self.multiprocessors + 1, 4)
+            for kib in (32, 256)
+        )
+        more_us = 1e3 * (self.exchange(many).ms_p50 - self.exchange(few).ms_p50)
+        return self.multiprocessors * (many.bytes_read - few.bytes_read) / more_us
+
+    def launch(self) -> Timing:
+        """Milliseconds of an empty kernel, one launch of many in a row, from Python."""
+        return self._each(_launch_many)
+
+    def graph_launch(self) -> Timing:
+        """Milliseconds of an empty kernel in the replay of a CUDA graph of many."""
+        _launch_many()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            _launch_many()
+        return self._each(graph.replay)
+
+    def _each(self, call: Call) -> Timing:
+        self.stopwatch(call)
+        return Timing.of([self.stopwatch(call) / LAUNCHES for _ in range(ROUNDS)])
+
+
+def _launch_many() -> None:
+    from seqcore.kernels import floors
+
+    for _ in range(LAUNCHES):
+        floors.empty_kernel[(1,)]()
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One pass through time of one layer: how many steps follow each other, and what each costs at least."""
+
+    pass_: str
+    plan: str
+    regime: str
+    steps: int
+    exchange_us: float
+    weights_us: float
+    flops: float
+
+
+def step_floors(case: Case, meter: FloorMeter) -> list[dict]:
+    """Of the case's pass, forward and, in training, backward; plain dicts, as rows hold them."""
+    passes = ("forward", "backward") if case.pass_ == "training" else ("forward",)
+    return [asdict(_steps(case, meter, pass_)) for pass_ in passes]
+
+
+def plan_of(case: Case, backward: bool, device: torch.device):
+    """How the library launches the case, and the shape it was asked for."""
+    itemsize = getattr(torch, case.dtype).itemsize
+    units = case.H // case.blocks
+    shape = plans.Shape(GATES[case.op], units, case.blocks, case.B, case.directions, itemsize, backward)
+    return plans.make(shape, describe(device)), shape
+
+
+def exchange_of(plan, shape) -> Exchange | None:
+    """What the programs of a plan exchange at every step; None where one program has a whole team's weights."""
+    if plan.slices == 1:
+        return None
+    # A tile may have more rows than the batch; those that no sequence has are not read.
+    rows = min(plan.rows, 1 << (shape.batch - 1).bit_length())
+    column = shape.itemsize * (shape.gates if shape.backward else 1)
+    width, share = (units * column for units in (shape.units, plan.units))
+    return Exchange(plan.slices, plan.teams, rows, width, share, plan.num_warps)
+
+
+def _steps(case: Case, meter: FloorMeter, pass_: str) -> Steps:
+    plan, shape = plan_of(case, pass_ == "backward", torch.device("cuda"))
+    exchange = exchange_of(plan, shape)
+    return Steps(
+        pass_,
+        str(plan),
+        plan.regime,
+        case.T * plan.launches,
+        0.0 if exchange is None else 1e3 * meter.exchange(exchange).ms_p50,
+        weights_us(plan, shape, meter),
+        recurrent_flops(GATES[case.op], case.shape) / plan.launches,
+    )
+
+
+def weights_us(plan, shape, meter: FloorMeter) -> float:
+    """Microseconds in which one step's weights can be read."""
+    of_program = shape.gates * min(plan.units, shape.units) * shape.units * shape.itemsize
+    programs = plan.slices * plan.teams
+    if not plan.hold:
+        return programs * of_program / meter.l2_bytes_per_us
+    return of_program * -(-programs // meter.multiprocessors) / meter.shared_bytes_per_us
+
+
+def layer_floor(info: dict, roofs: Roofs) -> dict[str, float]:
+    """Milliseconds of each part of the floor of a row with ``step_floors``; they add up to the floor."""
+    parts = {"exchange": 0.0, "weights": 0.0, "products": 0.0}
+    beside = info["flops"]
+    for steps in info["step_floors"]:
+        products_us = steps["flops"] / roofs.tflops / 1e6
+        limit = "weights" if steps["weights_us"] >= products_us else "products"
+        parts["exchange"] += steps["steps"] * steps["exchange_us"] / 1e3
+        parts[limit] += steps["steps"] * max(steps["weights_us"], products_us) / 1e3
+        beside -= steps["steps"] * steps["flops"]
+    return parts | {"beside the steps": roofs.floor(beside, info["bytes"])[0]}
+
+

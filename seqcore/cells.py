@@ -1,0 +1,137 @@
+"""What a recurrent cell is, by name: the built-in ones and those of your own, all through the same door."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import InvalidInput
+from .reference import cells as plain
+
+_registry: dict[str, "Cell"] = {}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One step of a recurrence, pointwise: each unit's new state from its gates and its own entering state.
+
+    With x_t [B, I], h [B, H] and G gates, a step is
+
+        x_gates = x_t W_ih^T + b_ih,   h_gates = h W_hh^T + b_hh     (the library's part, G tiles each)
+        (new state), (saved) = step(x_gates, h_gates, state)         (the cell's)
+
+    A cell is made of short functions on tuples of tiles; ``kernels/recurrence/cells.py`` and ``reference/cells.py``
+    hold the built-in ones, and ``docs/write-a-cell.md`` takes you through one of your own. A unit may look at
+    nothing but itself: what mixes units (a layer normalisation, say) has no place in a step.
+
+    Args:
+        name: what it is registered by. A later definition of the same name and origin replaces the earlier.
+        gates: how many pre-activations a unit has; weights are [gates * H, …], one gate after the other.
+        states: ("h",) or ("h", "c"); h is what is put out and multiplied with W_hh, c stays with the unit.
+        step: Triton function, ``(x_gates, h_gates, state) -> (state, saved)``, on float32 tiles of any shape.
+        step_backward: Triton function, ``(saved, state, new_state, dstate) -> (dx_gates, dh_gates, dstate)``: the
+            gradients of both pre-activations, and of the entering state as far as it does not pass through W_hh. It
+            must be linear in ``dstate``.
+        reference: PyTorch function of the same contract as ``step``, differentiable, for any float dtype.
+        reference_backward: PyTorch function of the same contract as ``step_backward``. Without one, a CPU takes the
+            differentiable ``reference`` instead, also in compiled graphs.
+        apart: whether ``dx_gates`` and ``dh_gates`` differ; if they never do, False saves a third of the writing.
+        saves_output: whether ``saved`` is the new h alone, which then need not be stored twice.
+
+    Raises:
+        InvalidInput: if the name is taken, or ``reference`` does not take or return what it should.
+
+    ``step`` and ``step_backward`` may be given as "module:function", to be imported at the first launch.
+    """
+
+    name: str
+    gates: int
+    states: tuple[str, ...]
+    step: Callable[..., Any] | str
+    step_backward: Callable[..., Any] | str
+    reference: Callable[..., Any]
+    reference_backward: Callable[..., Any] | None = None
+    apart: bool = True
+    saves_output: bool = False
+    saved: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.states not in (("h",), ("h", "c")):
+            raise InvalidInput(f"cell {self.name!r}: states must be ('h',) or ('h', 'c'), got {self.states!r}")
+        if not isinstance(self.gates, int) or self.gates < 1:
+            raise InvalidInput(f"cell {self.name!r}: gates must be a positive integer, got {self.gates!r}")
+        before = _registry.get(self.name)
+        if before is not None and before._origin != self._origin:
+            raise InvalidInput(f"a cell named {self.name!r} exists already, from {before._origin}; choose another name")
+        object.__setattr__(self, "saved", self._count_saved())
+        _registry[self.name] = self
+
+    @property
+    def has_c(self) -> bool:
+        return len(self.states) == 2
+
+    @property
+    def _origin(self) -> str:
+        return f"{self.reference.__module__}.{self.reference.__qualname__}"
+
+    def _count_saved(self) -> int:
+        """How many tensors a step saves for backward, by making one."""
+        one = torch.zeros(1, 1, device="cpu")
+        try:
+            state, saved = self.reference((one,) * self.gates, (one,) * self.gates, (one,) * len(self.states))
+        except Exception as error:
+            raise InvalidInput(
+                f"cell {self.name!r}: reference(x_gates, h_gates, state), with {self.gates} gates and "
+                f"{len(self.states)} states in tuples, must return (state, saved), two tuples; it raised {error!r}"
+            ) from error
+        if len(state) != len(self.states):
+            raise InvalidInput(
+                f"cell {self.name!r}: reference must return {len(self.states)} states, got {len(state)}"
+            )
+        return len(saved)
+
+    def device_functions(self) -> tuple[Any, Any]:
+        """``step`` and ``step_backward`` as Triton functions."""
+        return _resolved(self.step), _resolved(self.step_backward)
+
+
+def _resolved(function: Callable[..., Any] | str) -> Any:
+    if isinstance(function, str):
+        module, _, name = function.partition(":")
+        return getattr(importlib.import_module(module), name)
+    return function
+
+
+def find(cell: "Cell | str") -> Cell:
+    """A cell by its name.
+
+    Raises:
+        InvalidInput: if there is none of that name.
+    """
+    if isinstance(cell, Cell):
+        return cell
+    if cell not in _registry:
+        raise InvalidInput(f"unknown cell {cell!r}: allowed are {', '.join(map(repr, _registry))}, or a seqcore.Cell")
+    return _registry[cell]
+
+
+def _built_in(name: str, gates: int, states: tuple[str, ...], **options: Any) -> Cell:
+    return Cell(
+        name=name,
+        gates=gates,
+        states=states,
+        step=f"seqcore.kernels.recurrence.cells:{name}_step",
+        step_backward=f"seqcore.kernels.recurrence.cells:{name}_step_backward",
+        reference=getattr(plain, name),
+        reference_backward=getattr(plain, f"{name}_backward"),
+        **options,
+    )
+
+
+RNN_TANH = _built_in("rnn_tanh", 1, ("h",), apart=False, saves_output=True)
+RNN_RELU = _built_in("rnn_relu", 1, ("h",), apart=False, saves_output=True)
+GRU = _built_in("gru", 3, ("h",))
+LSTM = _built_in("lstm", 4, ("h", "c"), apart=False)
+BUILT_IN = (RNN_TANH, RNN_RELU, GRU, LSTM)

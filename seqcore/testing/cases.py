@@ -1,0 +1,131 @@
+"""What ``verify`` computes: every kernel, in every regime, at sizes for a GPU or, interpreted, for a CPU."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from .. import functional
+from ..backends import INTERPRETED
+from ..cells import BUILT_IN, RNN_RELU, Cell
+
+Results = dict[str, Tensor]
+
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to compute with any backend. ``run(tensors, backend)`` returns outputs by name.
+
+    ``kernels`` says which kernels make which result: a result's name maps to them, gradients of input x as "dx".
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    run: Callable[[Results, str], Results]
+    kernels: dict[str, str]
+
+
+# T, B, I, H and blocks. On a GPU: a single step, all weights in one program, spread with and without padded tiles, in
+# 16 rows and in 64 and more, streaming, in blocks. Interpreted: the same kernels, small.
+RECURRENCES = (
+    [(1, 5, 8, 31, 1), (4, 5, 8, 31, 1), (3, 17, 8, 65, 1), (3, 5, 8, 34, 2)]
+    if INTERPRETED
+    else [
+        (1, 17, 96, 257, 1), (33, 5, 96, 64, 1), (33, 17, 96, 257, 1), (17, 16, 128, 768, 1), (9, 70, 96, 650, 1),
+        (9, 150, 64, 1024, 1), (5, 16, 64, 2048, 1), (33, 17, 96, 768, 12),
+    ]
+)  # fmt: skip
+
+
+def recurrences(device: torch.device) -> Iterator[Case]:
+    for cell in BUILT_IN:
+        # No relu: its slope jumps at 0, where two right answers may differ by the whole gradient.
+        if cell is RNN_RELU:
+            continue
+        for shape in RECURRENCES:
+            for layout in ("padded", "ragged and reset", "packed") if shape[0] > 1 else ("padded",):
+                yield _recurrence(cell, *shape, layout, device)
+
+
+def _recurrence(cell: Cell, T: int, B: int, inputs: int, hidden: int, blocks: int, layout: str, device) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    directions = 1 if T == 1 else 2
+    tensors = {"x": torch.randn(T, B, inputs, generator=generator)}
+    for state in cell.states:
+        tensors[f"{state}0"] = torch.randn(directions, B, hidden, generator=generator)
+    units = hidden // blocks
+    recurrent = (cell.gates * hidden, hidden) if blocks == 1 else (cell.gates, blocks, units, units)
+    for suffix in ("", "_reverse")[:directions]:
+        for kind, size in (
+            ("w_ih", (cell.gates * hidden, inputs)), ("w_hh", recurrent),
+            ("b_ih", (cell.gates * hidden,)), ("b_hh", (cell.gates * hidden,)),
+        ):  # fmt: skip
+            tensors[kind + suffix] = torch.randn(size, generator=generator) * units**-0.5
+    if layout != "padded":
+        tensors["lengths"] = torch.arange(B) % T + 1
+    if layout == "ragged and reset":
+        tensors["reset"] = torch.rand(T, B, generator=generator) < 0.2
+    forward = "recurrence_step_kernel" if T == 1 else "recurrence_forward_kernel"
+    return Case(
+        name=f"{cell.name} T={T} B={B} H={hidden}" + (f" in {blocks} blocks" if blocks > 1 else "") + f" {layout}",
+        tensors={name: t.to(device) for name, t in tensors.items()},
+        run=_run_recurrence(cell, layout == "packed"),
+        kernels={"default": forward} | {f"d{name}": "recurrence_backward_kernel" for name in tensors},
+    )
+
+
+def _run_recurrence(cell: Cell, packed: bool) -> Callable[[Results, str], Results]:
+    def run(tensors: Results, backend: str) -> Results:
+        weights = [t for name, t in tensors.items() if name[:2] in ("w_", "b_")]
+        hx = (tensors["h0"], tensors["c0"]) if cell.has_c else tensors["h0"]
+        x, masks = tensors["x"], {name: tensors.get(name) for name in ("lengths", "reset")}
+        if packed:
+            x = pack_padded_sequence(x, masks.pop("lengths").cpu(), enforce_sorted=False)
+        y, state = functional.recurrence(
+            x, hx, weights, cell=cell, bidirectional=len(weights) == 8, backend=backend, **masks
+        )
+        found = {"y": y.data if packed else y}
+        return found | dict(zip(("h_n", "c_n"), state if cell.has_c else (state,), strict=False))
+
+    return run
+
+
+def attentions(device: torch.device) -> Iterator[Case]:
+    sizes = [(333, 517, 64), (517, 333, 128), (130, 257, 96), (65, 190, 256)]
+    if INTERPRETED:
+        sizes = [(37, 20, 20), (20, 37, 40)]
+    backward = "attention_backward_delta_kernel, attention_backward_{}_kernel"
+    kernels = {"default": "attention_forward_kernel", "dq": backward.format("dq")}
+    kernels |= dict.fromkeys(("dk", "dv"), backward.format("dkdv"))
+    for M, N, D in sizes:
+        for causal in (None, "top_left", "lower_right"):
+            for mask in ("none", "bool", "additive"):
+                generator = torch.Generator().manual_seed(0)
+                tensors = {"q": torch.randn(2, 4, M, D, generator=generator)}
+                tensors |= {name: torch.randn(2, 2, N, D, generator=generator) for name in "kv"}
+                additive = None
+                if mask == "bool":
+                    tensors["mask"] = torch.rand(2, 1, M, N, generator=generator) > 0.3
+                elif mask == "additive":
+                    additive = torch.randn(M, N, generator=generator).half().to(device)
+                yield Case(
+                    name=f"attention M={M} N={N} D={D} causal={causal} mask={mask}",
+                    tensors={name: t.to(device) for name, t in tensors.items()},
+                    run=_run_attention(causal, additive),
+                    kernels=kernels,
+                )
+
+
+def _run_attention(causal: str | None, additive: Tensor | None) -> Callable[[Results, str], Results]:
+    def run(tensors: Results, backend: str) -> Results:
+        q, k, v = tensors["q"], tensors["k"], tensors["v"]
+        mask = tensors.get("mask") if additive is None else additive.to(q.dtype)
+        out, lse = functional.attention(
+            q, k, v, attn_mask=mask, causal=causal, enable_gqa=True, return_lse=True, backend=backend
+        )
+        return {"out": out, "lse": lse}
+
+    return run

@@ -1,0 +1,40 @@
+"""The programs in docs/examples do what they say."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+import triton.language as tl  # noqa: F401  (the interpreter looks for it)
+
+from seqcore.testing import check_cell
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+def load(name: str):
+    specification = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[module.__name__] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@triton.jit
+def forgets_the_direct_path(saved, state, new_state, dstate):
+    f, n, h_n = saved
+    dn = dstate[0] * f * (1.0 - n * n)
+    df = (dstate[0] * (n - state[0]) + dn * h_n) * f * (1.0 - f)
+    return (df, dn), (df, dn * f), (dstate[0] * 0.0,)
+
+
+@pytest.mark.kernels
+def test_minimal_gated_unit(capsys):
+    example = load("minimal_gated_unit")
+    example.main(hidden=20)
+    assert "kernels equal the reference" in capsys.readouterr().out
+    wrong = dataclasses.replace(example.MGU, name="forgetful", step_backward=forgets_the_direct_path)
+    with pytest.raises(AssertionError, match=r"gradient of .* outside the error budget"):
+        check_cell(wrong, hidden=20)
