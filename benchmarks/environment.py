@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from seqcore.info import kernel_hashes
+
 ROOT = Path(__file__).resolve().parent.parent
 # Kept busy by others, from which on times are not to be trusted.
 BUSY_CORES = 0.3
@@ -119,16 +121,6 @@ def _git(*arguments: str) -> str | None:
         return None
     answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def kernel_hashes() -> dict[str, str]:
-    """A short hash of each kernel's source, by its path below ``kernels/``."""
-    folder = ROOT / "kernels"
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        for path in sorted(folder.rglob("*.py"))
-        if path.name != "__init__.py"
-    }
 
 
 def source_hash() -> str:

@@ -57,6 +57,7 @@ def _verify(options: argparse.Namespace, arguments: Sequence[str] | None) -> int
     _print_table(rows, every_row=options.all)
     if options.out:
         gathered = info.gather()
+        gathered["kernels"] = info.kernel_hashes()
         gathered.pop("backends")
         options.out.write_text(json.dumps({"info": gathered, "rows": verify.as_json(rows)}, indent=1))
     return 0 if all(row.ok for row in rows) else 1

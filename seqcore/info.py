@@ -1,11 +1,13 @@
 """What this machine offers: versions, device, and what each backend can do here and why not."""
 
+import hashlib
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, kernels
 
 
 def gather() -> dict[str, Any]:
@@ -28,6 +30,16 @@ def gather() -> dict[str, Any]:
         "interpreter": backends.INTERPRETED,
         "default_backend": backends.resolve(None),
         "backends": [_backends(described, family, operation) for family, operation in OPERATIONS],
+    }
+
+
+def kernel_hashes() -> dict[str, str]:
+    """A short hash of each kernel's source, by its path below ``kernels/``."""
+    folder = Path(kernels.__file__).parent
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in sorted(folder.rglob("*.py"))
+        if path.name != "__init__.py"
     }
 
 

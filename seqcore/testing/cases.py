@@ -40,13 +40,16 @@ RECURRENCES = (
 )  # fmt: skip
 
 
+LAYOUTS = ("padded", "ragged and reset", "packed", "recomputed and clipped")
+
+
 def recurrences(device: torch.device) -> Iterator[Case]:
     for cell in BUILT_IN:
         # No relu: its slope jumps at 0, where two right answers may differ by the whole gradient.
         if cell is RNN_RELU:
             continue
         for shape in RECURRENCES:
-            for layout in ("padded", "ragged and reset", "packed") if shape[0] > 1 else ("padded",):
+            for layout in LAYOUTS if shape[0] > 1 else LAYOUTS[:1]:
                 yield _recurrence(cell, *shape, layout, device)
 
 
@@ -64,20 +67,26 @@ def _recurrence(cell: Cell, T: int, B: int, inputs: int, hidden: int, blocks: in
             ("b_ih", (cell.gates * hidden,)), ("b_hh", (cell.gates * hidden,)),
         ):  # fmt: skip
             tensors[kind + suffix] = torch.randn(size, generator=generator) * units**-0.5
-    if layout != "padded":
+    if layout in ("ragged and reset", "packed"):
         tensors["lengths"] = torch.arange(B) % T + 1
     if layout == "ragged and reset":
         tensors["reset"] = torch.rand(T, B, generator=generator) < 0.2
     forward = "recurrence_step_kernel" if T == 1 else "recurrence_forward_kernel"
+    backward = "recurrence_backward_kernel"
+    if layout == "recomputed and clipped":
+        backward = f"pointwise_kernel, {backward}"
     return Case(
         name=f"{cell.name} T={T} B={B} H={hidden}" + (f" in {blocks} blocks" if blocks > 1 else "") + f" {layout}",
         tensors={name: t.to(device) for name, t in tensors.items()},
-        run=_run_recurrence(cell, layout == "packed"),
-        kernels={"default": forward} | {f"d{name}": "recurrence_backward_kernel" for name in tensors},
+        run=_run_recurrence(cell, layout),
+        kernels={"default": forward} | {f"d{name}": backward for name in tensors},
     )
 
 
-def _run_recurrence(cell: Cell, packed: bool) -> Callable[[Results, str], Results]:
+def _run_recurrence(cell: Cell, layout: str) -> Callable[[Results, str], Results]:
+    packed = layout == "packed"
+    options = {"recompute": True, "grad_clip": 0.25} if layout == "recomputed and clipped" else {}
+
     def run(tensors: Results, backend: str) -> Results:
         weights = [t for name, t in tensors.items() if name[:2] in ("w_", "b_")]
         hx = (tensors["h0"], tensors["c0"]) if cell.has_c else tensors["h0"]
@@ -85,7 +94,7 @@ def _run_recurrence(cell: Cell, packed: bool) -> Callable[[Results, str], Result
         if packed:
             x = pack_padded_sequence(x, masks.pop("lengths").cpu(), enforce_sorted=False)
         y, state = functional.recurrence(
-            x, hx, weights, cell=cell, bidirectional=len(weights) == 8, backend=backend, **masks
+            x, hx, weights, cell=cell, bidirectional=len(weights) == 8, backend=backend, **masks, **options
         )
         found = {"y": y.data if packed else y}
         return found | dict(zip(("h_n", "c_n"), state if cell.has_c else (state,), strict=False))
