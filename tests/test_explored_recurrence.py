@@ -109,13 +109,13 @@ def gradients(module, x, hx, outputs):
     return dict(enumerate(found))
 
 
-def wrong_seeds(monkeypatch, which, mutate, weak_memory):
+def wrong_seeds(monkeypatch, which, mutate, always_weak):
     """Under how many seeds a kernel, once broken, gives other results than it gives whole."""
     twin, x, hx = problem("gru", T=4, I=8, H=40)
     module, x, hx = ours(twin, "triton"), x.requires_grad_(), hx.requires_grad_()
 
     def run(seed):
-        with plan.overriding(**SPREAD), explore(seed, weak_memory=weak_memory):
+        with plan.overriding(**SPREAD), explore(seed, weak_memory=always_weak or seed % 2 == 0):
             return dict(enumerate(module(x, hx))) if which == "forward" else gradients(module, x, hx, outputs)
 
     with plan.overriding(**SPREAD), explore(0):
@@ -129,15 +129,13 @@ def wrong_seeds(monkeypatch, which, mutate, weak_memory):
 @pytest.mark.parametrize("name", MUTANTS)
 @pytest.mark.parametrize("which", KERNELS)
 def test_a_broken_kernel_is_wrong_under_nearly_every_schedule(which, name, monkeypatch):
-    for weak_memory in (True, False):
-        with monkeypatch.context() as patch:
-            assert wrong_seeds(patch, which, MUTANTS[name], weak_memory) >= len(MUTANT_SEEDS) - 1
+    assert wrong_seeds(monkeypatch, which, MUTANTS[name], always_weak=False) >= len(MUTANT_SEEDS) - 1
 
 
 @pytest.mark.parametrize("name", WEAK_MUTANTS)
 @pytest.mark.parametrize("which", KERNELS)
 def test_a_kernel_that_orders_too_little_is_wrong_in_weak_memory(which, name, monkeypatch):
-    assert wrong_seeds(monkeypatch, which, WEAK_MUTANTS[name], True) >= len(MUTANT_SEEDS) - 1
+    assert wrong_seeds(monkeypatch, which, WEAK_MUTANTS[name], always_weak=True) >= len(MUTANT_SEEDS) - 1
 
 
 class OneProgramFewer:

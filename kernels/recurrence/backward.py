@@ -11,7 +11,20 @@ import triton.language as tl
 
 from ..grid import COUNTER_STRIDE, signal, wait
 from .layout import PAST, entering_rows, locate
-from .products import across, dot, folded_sum, folded_zeros, gate_rows, issued, load_gates, store_gates, unit_weights
+from .products import (
+    across,
+    chains,
+    dot,
+    dot_in_turn,
+    folded_sum,
+    folded_zeros,
+    issued,
+    joined,
+    load_gates,
+    load_rows,
+    store_gates,
+    unit_weights,
+)
 
 
 @triton.jit
@@ -124,8 +137,9 @@ def recurrence_backward_kernel(
     SLICES: tl.constexpr,
     HOLD: tl.constexpr,
     SWAP: tl.constexpr,
-    FOLD: tl.constexpr,  # parts of the contraction multiplied side by side, so that each warp has one
+    FOLD: tl.constexpr,  # parts of the contraction multiplied side by side
     STAGE: tl.constexpr,
+    CHAINS: tl.constexpr,  # accumulators that take turns
     PRECISION: tl.constexpr,
     NATIVE: tl.constexpr,  # compiled for an NVIDIA GPU
     BLOCK_B: tl.constexpr,
@@ -239,20 +253,22 @@ def recurrence_backward_kernel(
         row_ptrs = dh_gates_ptr + rows * (GATES * H) + block * UNITS
         acc = folded_zeros(FOLD, BLOCK_B, BLOCK_H, SWAP)
         if HOLD:
+            accs = chains(acc, CHAINS)
             for i in tl.static_range(0, TILES, STAGE):
                 tiles = ()
                 for j in tl.static_range(STAGE):
                     if i + j < TILES:
                         tiles = tiles + (
-                            gate_rows(row_ptrs, exists, i + j, FOLD, GATES, BLOCKS, UNITS, BLOCK_K, SWAP),
+                            load_rows(row_ptrs, exists, i + j, FOLD, GATES, BLOCKS, UNITS, BLOCK_K, SWAP),
                         )
                 tiles = issued(tiles, NATIVE)
                 for j in tl.static_range(STAGE):
                     if i + j < TILES:
-                        acc = dot(tiles[j], weights[i + j], acc, SWAP, PRECISION)
+                        accs = dot_in_turn(tiles[j], weights[i + j], accs, (i + j) % CHAINS, SWAP, PRECISION)
+            acc = joined(accs)
         else:
             for i in tl.range(TILES, num_stages=STAGE):
-                tile = gate_rows(row_ptrs, exists, i, FOLD, GATES, BLOCKS, UNITS, BLOCK_K, SWAP)
+                tile = load_rows(row_ptrs, exists, i, FOLD, GATES, BLOCKS, UNITS, BLOCK_K, SWAP)
                 w = unit_weights(w_hh_ptr, block, first_unit, i, FOLD, GATES, BLOCKS, UNITS, BLOCK_H, BLOCK_K, SWAP)
                 acc = dot(tile, w, acc, SWAP, PRECISION)
 

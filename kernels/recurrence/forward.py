@@ -12,7 +12,22 @@ import triton.language as tl
 
 from ..grid import COUNTER_STRIDE, signal, wait
 from .layout import PAST, entering_rows, locate
-from .products import across, dot, gate_bias, gate_weights, issued, load_gates, load_rows, split_gates, store_gates
+from .products import (
+    across,
+    chains,
+    dot,
+    dot_in_turn,
+    folded_sum,
+    folded_zeros,
+    gate_bias,
+    gate_weights,
+    issued,
+    joined,
+    load_gates,
+    load_rows,
+    split_gates,
+    store_gates,
+)
 
 
 @triton.jit(do_not_specialize=["T", "B", "R", "first_group", "groups"])
@@ -57,7 +72,9 @@ def recurrence_forward_kernel(
     REST: tl.constexpr,  # gates in the second, a power of two or 0
     HOLD: tl.constexpr,
     SWAP: tl.constexpr,
+    FOLD: tl.constexpr,  # parts of the contraction multiplied side by side
     STAGE: tl.constexpr,  # tiles of h on their way at once
+    CHAINS: tl.constexpr,  # accumulators that take turns
     PRECISION: tl.constexpr,
     NATIVE: tl.constexpr,  # compiled for an NVIDIA GPU
     BLOCK_B: tl.constexpr,
@@ -66,9 +83,9 @@ def recurrence_forward_kernel(
 ):
     H: tl.constexpr = BLOCKS * UNITS
     ROW: tl.constexpr = 0 if SWAP else 1
-    TILES: tl.constexpr = (UNITS + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = (UNITS + FOLD * BLOCK_K - 1) // (FOLD * BLOCK_K)
     # All units in one tile: h goes from one step to the next without leaving the program.
-    INSIDE: tl.constexpr = SLICES == 1 and TILES == 1 and BLOCK_K == BLOCK_H
+    INSIDE: tl.constexpr = SLICES == 1 and FOLD == 1 and BLOCK_K == BLOCK_H
 
     team = tl.program_id(0) // SLICES
     first_unit = tl.program_id(0) % SLICES * BLOCK_H
@@ -102,13 +119,14 @@ def recurrence_forward_kernel(
     if HOLD:
         for i in tl.static_range(TILES):
             w = gate_weights(
-                w_hh_ptr, block, first_unit, i, 0, MAIN, GATES, BLOCKS, UNITS, UNITS, BLOCK_H, BLOCK_K, SWAP
+                w_hh_ptr, block, first_unit, i, FOLD, 0, MAIN, GATES, BLOCKS, UNITS, UNITS, BLOCK_H, BLOCK_K, SWAP
             )
             w_main = w_main + (w,)
             if REST:
                 w = gate_weights(
-                    w_hh_ptr, block, first_unit, i, MAIN, REST, GATES, BLOCKS, UNITS, UNITS, BLOCK_H, BLOCK_K, SWAP
-                )
+                    w_hh_ptr, block, first_unit, i, FOLD, MAIN, REST, GATES, BLOCKS, UNITS, UNITS, BLOCK_H, BLOCK_K,
+                    SWAP,
+                )  # fmt: skip
                 w_rest = w_rest + (w,)
 
     h = tl.load(h_init_ptr + state_offs, mask=exists_b & own, other=0.0).to(tl.float32)
@@ -134,17 +152,23 @@ def recurrence_forward_kernel(
         else:
             entering = state
 
-        main = gate_bias(b_hh_ptr, block, first_unit, 0, MAIN, BIAS, GATES, BLOCKS, UNITS, BLOCK_H, BLOCK_B, SWAP)
+        main_bias = gate_bias(b_hh_ptr, block, first_unit, 0, MAIN, BIAS, GATES, BLOCKS, UNITS, BLOCK_H, BLOCK_B, SWAP)
         if REST:
-            rest = gate_bias(
+            rest_bias = gate_bias(
                 b_hh_ptr, block, first_unit, MAIN, REST, BIAS, GATES, BLOCKS, UNITS, BLOCK_H, BLOCK_B, SWAP
             )
 
         if SLICES > 1:
             wait(counter_ptr, step * SLICES)
+        main = main_bias if FOLD == 1 else folded_zeros(FOLD, BLOCK_B, MAIN * BLOCK_H, SWAP)
+        if REST:
+            rest = rest_bias if FOLD == 1 else folded_zeros(FOLD, BLOCK_B, REST * BLOCK_H, SWAP)
         row_ptrs = entering_rows(source, R, y_ptr, stride_y, h_init_ptr, H) + block * UNITS
         present = source >= 0
         if HOLD:
+            mains = chains(main, CHAINS)
+            if REST:
+                rests = chains(rest, CHAINS)
             for i in tl.static_range(0, TILES, STAGE):
                 h_tiles = ()
                 for j in tl.static_range(STAGE):
@@ -152,26 +176,34 @@ def recurrence_forward_kernel(
                         if INSIDE:
                             h_tiles = h_tiles + (entering[0].to(y_ptr.dtype.element_ty),)
                         else:
-                            h_tiles = h_tiles + (load_rows(row_ptrs, present, i + j, UNITS, BLOCK_K, ROW),)
+                            h_tiles = h_tiles + (load_rows(row_ptrs, present, i + j, FOLD, 1, 1, UNITS, BLOCK_K, SWAP),)
                 if not INSIDE:
                     h_tiles = issued(h_tiles, NATIVE)
                 for j in tl.static_range(STAGE):
                     if i + j < TILES:
-                        main = dot(h_tiles[j], w_main[i + j], main, SWAP, PRECISION)
+                        mains = dot_in_turn(h_tiles[j], w_main[i + j], mains, (i + j) % CHAINS, SWAP, PRECISION)
                         if REST:
-                            rest = dot(h_tiles[j], w_rest[i + j], rest, SWAP, PRECISION)
+                            rests = dot_in_turn(h_tiles[j], w_rest[i + j], rests, (i + j) % CHAINS, SWAP, PRECISION)
+            main = joined(mains)
+            if REST:
+                rest = joined(rests)
         else:
             for i in tl.range(TILES, num_stages=STAGE):
-                h_tile = load_rows(row_ptrs, present, i, UNITS, BLOCK_K, ROW)
+                h_tile = load_rows(row_ptrs, present, i, FOLD, 1, 1, UNITS, BLOCK_K, SWAP)
                 w = gate_weights(
-                    w_hh_ptr, block, first_unit, i, 0, MAIN, GATES, BLOCKS, UNITS, UNITS, BLOCK_H, BLOCK_K, SWAP
+                    w_hh_ptr, block, first_unit, i, FOLD, 0, MAIN, GATES, BLOCKS, UNITS, UNITS, BLOCK_H, BLOCK_K, SWAP
                 )
                 main = dot(h_tile, w, main, SWAP, PRECISION)
                 if REST:
                     w = gate_weights(
-                        w_hh_ptr, block, first_unit, i, MAIN, REST, GATES, BLOCKS, UNITS, UNITS, BLOCK_H, BLOCK_K, SWAP
-                    )
+                        w_hh_ptr, block, first_unit, i, FOLD, MAIN, REST, GATES, BLOCKS, UNITS, UNITS, BLOCK_H,
+                        BLOCK_K, SWAP,
+                    )  # fmt: skip
                     rest = dot(h_tile, w, rest, SWAP, PRECISION)
+        if FOLD > 1:
+            main = folded_sum(main, FOLD) + main_bias
+            if REST:
+                rest = folded_sum(rest, FOLD) + rest_bias
         h_gates = split_gates(main, MAIN, BLOCK_B, BLOCK_H, SWAP)
         if REST:
             h_gates = h_gates + split_gates(rest, REST, BLOCK_B, BLOCK_H, SWAP)

@@ -50,13 +50,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to launch one. Capitals in the kernels: rows BLOCK_B, units BLOCK_H, tile BLOCK_K, fold FOLD, stage STAGE."""
+    """How to launch one. In the kernels rows are BLOCK_B, units BLOCK_H, tile BLOCK_K; fold, stage, chains as here."""
 
     rows: int
     units: int
     tile: int
     fold: int
     stage: int
+    chains: int
     hold: bool
     swap: bool
     padded: bool  # gates padded to a power of two, for one product instead of two
@@ -167,7 +168,14 @@ def _completed(shape: Shape, device: Device, plan: Plan) -> Plan:
     """``plan`` with everything that follows from its tiles."""
     slices = _ceil(shape.units, plan.units)
     tiles = _ceil(shape.contraction, plan.fold * plan.tile)
-    plan = replace(plan, slices=slices, stage=max(1, min(plan.stage, tiles)))
+    # A chain of one product would be merged with the next by the compiler.
+    chains = max(1, min(plan.chains, tiles // 2))
+    stage = max(1, min(plan.stage, tiles))
+    if not plan.hold and shape.units * shape.itemsize % 16:
+        # Pipelined copies of fewer than 16 bytes go through the first-level cache, where a sector that was read for its
+        # first half may lack what another multiprocessor has since written into its second.
+        stage = 1
+    plan = replace(plan, slices=slices, stage=stage, chains=chains)
     plan = replace(plan, shared_memory=shared_memory(shape, plan))
     groups, resident = _ceil(shape.batch, plan.rows), _resident(device, plan)
     if device.arch == INTERPRETER:
@@ -185,14 +193,15 @@ def _completed(shape: Shape, device: Device, plan: Plan) -> Plan:
 
 def _blank(**fields: Any) -> Plan:
     derived = {"slices": 1, "teams": 1, "groups": 1, "launches": 1, "shared_memory": 0}
-    return Plan(**(derived | {"fold": 1, "swap": False, "padded": False, "hold": True} | fields))
+    return Plan(**(derived | {"fold": 1, "chains": 1, "swap": False, "padded": False, "hold": True} | fields))
 
 
 def _interpreted(shape: Shape) -> Plan:
     # Small tiles, so that small test shapes still cross their borders; one slice, since programs run in turn.
     plan = _blank(
-        rows=16, units=power_of_two(shape.units), tile=32, stage=2, fold=2 if shape.backward else 1, num_warps=1
-    )
+        rows=16, units=power_of_two(shape.units), tile=32, stage=2, chains=2, num_warps=1,
+        fold=2 if shape.backward or shape.units > 64 else 1,
+    )  # fmt: skip
     return _completed(shape, Device(INTERPRETER), plan)
 
 
@@ -249,18 +258,20 @@ def _most_staged(shape: Shape, rows: int) -> int:
 
 
 def _tiles(shape: Shape, rows: int, units: int, stage: int) -> Plan:
-    """A held plan's tiles. Small batches fold the backward's long contraction over the warps: each takes a part."""
+    """A held plan's tiles. At small batches each warp takes a part of the contraction, of which backward's is long."""
     inside = not shape.backward and units >= shape.units
-    folded = shape.backward and rows <= 32 and units <= 32
-    fold = 4 if folded else 1
+    folded = rows <= 32 and units <= 32 and not inside
+    fold = (8 if shape.backward else 4) if folded else 1
     # As many warps as keep the accumulators and the tiles on their way within the registers, found by compiling.
-    many = rows >= 128 or units >= 64 or folded
+    many = rows >= 128 or units >= 64 or (folded and shape.backward)
     return _blank(
         rows=rows,
         units=units,
         tile=units if inside else _tile(shape.contraction, fold, shape.itemsize),
         fold=fold,
         stage=stage,
+        # A warp has few products at a time that do not wait for each other if there are few rows.
+        chains={16: 3, 32: 2}.get(rows, 1),
         padded=True,
         num_warps=8 if many else 4,
     )
@@ -268,10 +279,10 @@ def _tiles(shape: Shape, rows: int, units: int, stage: int) -> Plan:
 
 def _tile(contraction: int, fold: int, itemsize: int) -> int:
     """The widest tile of the contraction, up to 256 bytes, that pads it by no more than a twelfth."""
-    for tile in (128, 64, 32):
+    for tile in (128, 64, 32, 16):
         if tile * itemsize <= 256 and _ceil(contraction, fold * tile) * fold * tile <= contraction * 13 / 12:
             return tile
-    return 32 if contraction > 16 * fold else 16
+    return 16
 
 
 def _streaming(shape: Shape, device: Device) -> Plan:

@@ -4,6 +4,9 @@ A program owns BLOCK_H hidden units of one block of the weights (all of them unl
 tiles stand either way up: rows of the batch by units, or, SWAP, units by rows. The product's left operand needs 64
 rows for the widest matrix instruction, and at small batches only the weights have them.
 
+FOLD parts of the contraction may be multiplied side by side, and summed afterwards: then each warp has a part of its
+own, instead of all warps reading the same rows, and has many products at a time that do not wait for each other.
+
 ``HOLD`` loads the slice once, before the time loop, as a tuple of tiles: the compiler then keeps it in shared memory,
 and no hidden size has to be padded to a power of two. Otherwise the slice is read again at every step.
 """
@@ -34,17 +37,6 @@ def store_gates(ptr, rows, stride, columns, H, mask, tiles, COUNT: tl.constexpr,
     for k in tl.static_range(COUNT):
         ptrs = across(ptr + rows * stride, ROW) + across(k * H + columns, 1 - ROW)
         tl.store(ptrs, tiles[k].to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_rows(row_ptrs, present, tile, K: tl.constexpr, BLOCK_K: tl.constexpr, ROW: tl.constexpr):
-    """A tile of the rows that ``row_ptrs`` [BLOCK_B] begin, K columns wide; zeros where a row is not ``present``."""
-    k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = across(present, ROW)
-    if K % BLOCK_K:
-        mask = mask & across(k < K, 1 - ROW)
-    # Past the first-level cache: other multiprocessors may have written this a moment ago.
-    return tl.load(across(row_ptrs, ROW) + across(k, 1 - ROW), mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -83,11 +75,55 @@ def dot(rows, weights, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def chains(acc, CHAINS: tl.constexpr):
+    """``acc`` and zeros: accumulators that take turns.
+
+    A product that adds to the result of the one before waits for it, and at small batches a program has too few
+    others to fill that time.
+    """
+    accs = (acc,)
+    for _ in tl.static_range(CHAINS - 1):
+        accs = accs + (tl.zeros_like(acc),)
+    return accs
+
+
+@triton.jit
+def dot_in_turn(rows, weights, accs, TURN: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr):
+    """``accs`` with the product added to the one whose turn it is."""
+    return accs[:TURN] + (dot(rows, weights, accs[TURN], SWAP, PRECISION),) + accs[TURN + 1 :]
+
+
+@triton.jit
+def joined(accs):
+    """The sum of accumulators that took turns."""
+    acc = accs[0]
+    for i in tl.static_range(1, len(accs)):
+        acc += accs[i]
+    return acc
+
+
+@triton.jit
+def _along(values, AXIS: tl.constexpr, FOLD: tl.constexpr):
+    """A vector along the first (0) or second (1) of a tile's dimensions, which follow that of the folds, if any."""
+    values = across(values, 1 - AXIS)
+    return values if FOLD == 1 else values[None, :, :]
+
+
+@triton.jit
+def _places(tile, AXIS: tl.constexpr, FOLD: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where tile ``tile`` stands in the contraction: FOLD by BLOCK_K places, these along AXIS."""
+    place = tile * FOLD * BLOCK_K + _along(tl.arange(0, BLOCK_K), AXIS, FOLD)
+    # With one fold the tile has two dimensions, which the widest matrix instructions need, and comes as it is loaded.
+    return place if FOLD == 1 else place + tl.arange(0, FOLD)[:, None, None] * BLOCK_K
+
+
+@triton.jit
 def gate_weights(
     w_ptr,  # [GATES, BLOCKS, UNITS, K]
     block,
     first_unit,  # of this program
-    tile,  # which BLOCK_K of the contraction
+    tile,
+    FOLD: tl.constexpr,
     FIRST: tl.constexpr,  # of COUNT gates
     COUNT: tl.constexpr,
     GATES: tl.constexpr,
@@ -98,18 +134,17 @@ def gate_weights(
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """A tile of weights for COUNT gates side by side, gate-major: [BLOCK_K, COUNT * BLOCK_H], or standing, transposed.
+    """A tile of what leads to COUNT gates of these units: [FOLD, BLOCK_K, COUNT * BLOCK_H], or standing, transposed.
 
     Gate-major columns let the accumulator be split into gates without moving a value between threads.
     """
     AXIS: tl.constexpr = 1 if SWAP else 0
-    columns = tl.arange(0, COUNT * BLOCK_H)
+    columns = _along(tl.arange(0, COUNT * BLOCK_H), 1 - AXIS, FOLD)
     gate = FIRST + columns // BLOCK_H
     unit = first_unit + columns % BLOCK_H
-    k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    ptrs = w_ptr + across(((gate * BLOCKS + block) * UNITS + unit) * K, AXIS) + across(k, 1 - AXIS)
-    mask = across((gate < GATES) & (unit < UNITS), AXIS) & across(k < K, 1 - AXIS)
-    return tl.load(ptrs, mask=mask, other=0.0)
+    k = _places(tile, AXIS, FOLD, BLOCK_K)
+    ptrs = w_ptr + ((gate * BLOCKS + block) * UNITS + unit) * K + k
+    return tl.load(ptrs, mask=(gate < GATES) & (unit < UNITS) & (k < K), other=0.0)
 
 
 @triton.jit
@@ -127,7 +162,7 @@ def gate_bias(
     BLOCK_B: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """What the accumulator of COUNT gates starts from: their bias in every row, or zeros."""
+    """The bias of COUNT gates in every row, or zeros: what an accumulator that is not folded starts from."""
     AXIS: tl.constexpr = 1 if SWAP else 0
     acc = tl.zeros((COUNT * BLOCK_H, BLOCK_B) if SWAP else (BLOCK_B, COUNT * BLOCK_H), tl.float32)
     if BIAS:
@@ -157,21 +192,6 @@ def split_gates(acc, COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.con
 
 
 @triton.jit
-def _along(values, AXIS: tl.constexpr, FOLD: tl.constexpr):
-    """A vector along the first (0) or second (1) of a tile's dimensions, which follow that of the folds, if any."""
-    values = across(values, 1 - AXIS)
-    return values if FOLD == 1 else values[None, :, :]
-
-
-@triton.jit
-def _places(tile, AXIS: tl.constexpr, FOLD: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Where tile ``tile`` stands in the contraction over all gates' units: FOLD by BLOCK_K places, these along AXIS."""
-    place = tile * FOLD * BLOCK_K + _along(tl.arange(0, BLOCK_K), AXIS, FOLD)
-    # With one fold the tile has two dimensions, which the widest matrix instructions need, and comes as it is loaded.
-    return place if FOLD == 1 else place + tl.arange(0, FOLD)[:, None, None] * BLOCK_K
-
-
-@triton.jit
 def unit_weights(
     w_ptr,  # [GATES, BLOCKS, UNITS, UNITS]
     block,
@@ -194,9 +214,9 @@ def unit_weights(
 
 
 @triton.jit
-def gate_rows(
+def load_rows(
     row_ptrs,  # [BLOCK_B], at the first gate's first unit of the block
-    exists,
+    present,
     tile,
     FOLD: tl.constexpr,
     GATES: tl.constexpr,
@@ -205,22 +225,25 @@ def gate_rows(
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """A tile of all gates' gradients, which the whole team wrote: [FOLD, BLOCK_B, BLOCK_K], or standing, transposed."""
+    """A tile of rows [GATES, BLOCKS, UNITS], of one block: [FOLD, BLOCK_B, BLOCK_K], or standing, transposed.
+
+    Zeros where a row is not ``present``.
+    """
     AXIS: tl.constexpr = 0 if SWAP else 1
     place = _places(tile, AXIS, FOLD, BLOCK_K)
     offs = place if BLOCKS == 1 else place // UNITS * (BLOCKS * UNITS) + place % UNITS
-    mask = _along(exists, 1 - AXIS, FOLD)
+    mask = _along(present, 1 - AXIS, FOLD)
     if GATES * UNITS % (FOLD * BLOCK_K):
         mask = mask & (place < GATES * UNITS)
-    # Past the first-level cache: other multiprocessors wrote this.
+    # Past the first-level cache: other multiprocessors may have written this a moment ago.
     return tl.load(_along(row_ptrs, 1 - AXIS, FOLD) + offs, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def folded_zeros(FOLD: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SWAP: tl.constexpr):
+def folded_zeros(FOLD: tl.constexpr, BLOCK_B: tl.constexpr, OUTPUTS: tl.constexpr, SWAP: tl.constexpr):
     """An accumulator for products of such tiles."""
-    ROWS: tl.constexpr = BLOCK_H if SWAP else BLOCK_B
-    COLUMNS: tl.constexpr = BLOCK_B if SWAP else BLOCK_H
+    ROWS: tl.constexpr = OUTPUTS if SWAP else BLOCK_B
+    COLUMNS: tl.constexpr = BLOCK_B if SWAP else OUTPUTS
     return tl.zeros((ROWS, COLUMNS) if FOLD == 1 else (FOLD, ROWS, COLUMNS), tl.float32)
 
 

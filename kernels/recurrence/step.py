@@ -32,11 +32,13 @@ def _product(
     SWAP: tl.constexpr,
 ):
     for i in tl.range((K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
-        rows = load_rows(rows_ptr, exists, i, K, BLOCK_K, 0 if SWAP else 1)
-        w = gate_weights(w_ptr, block, first_unit, i, 0, MAIN, GATES, BLOCKS, UNITS, K, BLOCK_H, BLOCK_K, SWAP)
+        rows = load_rows(rows_ptr, exists, i, 1, 1, 1, K, BLOCK_K, SWAP)
+        w = gate_weights(w_ptr, block, first_unit, i, 1, 0, MAIN, GATES, BLOCKS, UNITS, K, BLOCK_H, BLOCK_K, SWAP)
         acc_main = dot(rows, w, acc_main, SWAP, PRECISION)
         if REST:
-            w = gate_weights(w_ptr, block, first_unit, i, MAIN, REST, GATES, BLOCKS, UNITS, K, BLOCK_H, BLOCK_K, SWAP)
+            w = gate_weights(
+                w_ptr, block, first_unit, i, 1, MAIN, REST, GATES, BLOCKS, UNITS, K, BLOCK_H, BLOCK_K, SWAP
+            )
             acc_rest = dot(rows, w, acc_rest, SWAP, PRECISION)
     return acc_main, acc_rest
 

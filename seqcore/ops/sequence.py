@@ -62,7 +62,8 @@ def _launch(kernel, plan, device: torch.device, arguments: Sequence, map_: Map, 
             *pointers, counters,
             T=map_.steps, B=map_.batch, R=map_.rows, first_group=first, groups=count,
             NATIVE=device.type == "cuda" and not torch.version.hip, MAPPED=map_.mapped, SLICES=plan.slices,
-            HOLD=plan.hold, SWAP=plan.swap, STAGE=plan.stage,
+            HOLD=plan.hold, SWAP=plan.swap, FOLD=plan.fold, STAGE=plan.stage,
+            CHAINS=plan.chains,
             BLOCK_B=plan.rows, BLOCK_H=plan.units, BLOCK_K=plan.tile, num_warps=plan.num_warps, num_stages=1,
             **constants, **cooperative,
         )  # fmt: skip
@@ -199,7 +200,7 @@ def backward(
             dy, dcells = (None if g is None else g.contiguous() for g in (d_out.y, d_out.cells))
             dh_n, dc_n = (None if g is None else g.contiguous() for g in (d_out.h_n, d_out.c_n))
             _launch(
-                kernels.recurrence_backward_kernel, plan := layer.plan(backward=True), x.device,
+                kernels.recurrence_backward_kernel, layer.plan(backward=True), x.device,
                 (saved, layer.recurrent_weights(), states, kept.cells, h_init, c_init, dy, dcells, dh_n, dc_n,
                  dx_gates, dh_gates, dh_init, dc_init), layer.map,
                 clip=grad_clip or 0.0, stride_initial=h_init.stride(0), stride_saved=saved.stride(1),
@@ -207,7 +208,7 @@ def backward(
                 STEP_BACKWARD=cell.device_functions()[1], GATES=cell.gates, SAVED=cell.saved, APART=cell.apart,
                 HAS_C=has_c, HAS_DY=dy is not None, HAS_DCELLS=dcells is not None, HAS_DH_N=dh_n is not None,
                 HAS_DC_N=dc_n is not None, CLIP=grad_clip is not None, BLOCKS=layer.blocks, UNITS=layer.units,
-                RESETS=layer.map.resets, FOLD=plan.fold, PRECISION=precision(x),
+                RESETS=layer.map.resets, PRECISION=precision(x),
             )  # fmt: skip
         return _afterwards(layer, states, h_init, dx_gates, dh_gates, dh_init, dc_init, d_out, gradients, need_dx)
 

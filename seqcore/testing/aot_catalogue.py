@@ -162,15 +162,15 @@ def _cell_constants(cell: Cell, backward: bool) -> dict[str, Any]:
 def _sequence_entry(cell: Cell, dtype: str, target: str, shape, plan, mapped: bool) -> Entry:
     constants = _cell_constants(cell, shape.backward) | {
         "MAPPED": mapped, "NATIVE": target.startswith("sm_"), "BLOCKS": 1, "UNITS": shape.units,
-        "SLICES": plan.slices, "HOLD": plan.hold, "SWAP": plan.swap, "STAGE": plan.stage,
-        "PRECISION": _precisions(dtype, target)[-1], "BLOCK_B": plan.rows, "BLOCK_H": plan.units,
-        "BLOCK_K": plan.tile,
+        "SLICES": plan.slices, "HOLD": plan.hold, "SWAP": plan.swap, "FOLD": plan.fold, "STAGE": plan.stage,
+        "CHAINS": plan.chains, "PRECISION": _precisions(dtype, target)[-1], "BLOCK_B": plan.rows,
+        "BLOCK_H": plan.units, "BLOCK_K": plan.tile,
     }  # fmt: skip
     if shape.backward:
         has_c = cell.has_c
         constants |= {
             "APART": cell.apart, "HAS_DY": True, "HAS_DCELLS": has_c and mapped, "HAS_DH_N": True, "HAS_DC_N": has_c,
-            "CLIP": mapped, "RESETS": mapped, "FOLD": plan.fold,
+            "CLIP": mapped, "RESETS": mapped,
         }  # fmt: skip
         outputs = 1
     else:
