@@ -160,6 +160,16 @@ def describe(device: torch.device) -> Device:
     return Device(INTERPRETER if INTERPRETED and device.type == "cpu" else device.type)
 
 
+def recurrence_precision(dtype: torch.dtype, arch: str) -> str:
+    """How kernels multiply float32: torch's switch for cuDNN's recurrences decides, here as there.
+
+    "tf32", or "tf32x3", three of these for nearly all of float32, or "ieee" where there is no TF32 (and for all else).
+    """
+    if dtype != torch.float32 or not arch.startswith("sm_"):
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
+
+
 def transforms_active() -> bool:
     """Whether a torch.func transform or forward-mode AD is under way, through which no opaque operator can pass."""
     # Dynamo can trace this; neither a comparison of levels with None nor the stack's depth can it in every torch.
@@ -180,14 +190,18 @@ def _has_plan(request: Request) -> bool:
     return request.shape is not None and request.device.arch.startswith(("sm_", "gfx", INTERPRETER))
 
 
+def _shapes(request: Request) -> tuple[plan.Shape, plan.Shape]:
+    """The shapes of forward and backward on the request's device."""
+    parts = 2 if recurrence_precision(request.dtype, request.device.arch) == "tf32x3" else 1
+    return replace(request.shape, parts=parts), replace(request.shape, parts=parts, backward=True)
+
+
 def _plans(request: Request) -> list[str]:
     """How the kernels would run a recurrence, a line a direction of the computation."""
     if not _has_plan(request) or request.shape.batch == 0:
         return []
     try:
-        forward, backward = (
-            plan.make(replace(request.shape, backward=backward), request.device) for backward in (False, True)
-        )
+        forward, backward = (plan.make(shape, request.device) for shape in _shapes(request))
     except plan.NoPlan:
         return []
     return [f"     forward   {forward}", f"     backward  {backward}"]
@@ -216,8 +230,8 @@ def why_not_triton(request: Request) -> list[str]:
         reasons.append(f"needs float32, float16 or bfloat16, got {request.dtype}")
     if _has_plan(request) and request.shape.batch:
         try:
-            plan.make(request.shape, request.device)
-            plan.make(replace(request.shape, backward=True), request.device)
+            for shape in _shapes(request):
+                plan.make(shape, request.device)
         except plan.NoPlan as error:
             reasons.append(str(error))
     if request.head_dim > MAX_HEAD_DIM:

@@ -94,8 +94,8 @@ def test_reports_what_a_kernel_takes(target):
 @pytest.mark.parametrize("kernel", ["recurrence_forward_kernel", "recurrence_backward_kernel"])
 def test_held_weights_stand_above_the_time_loop(kernel, monkeypatch):
     good = entry(kernel, "sm_90", cell="lstm", dtype="bfloat16", hidden="H=768", batch="B=16", input="padded")
-    assert good.stationary == good.constants["UNITS"] * (4 if "FOLD" in good.constants else 1) // (
-        good.constants["BLOCK_K"] * good.constants.get("FOLD", 1)
+    assert good.stationary == good.constants["UNITS"] * (4 if "STEP_BACKWARD" in good.constants else 1) // (
+        good.constants["BLOCK_K"] * good.constants["FOLD"]
     )
     assert aot.compile_entry(good)["ok"]
     monkeypatch.setattr(aot, "violation", lambda row: None)

@@ -130,7 +130,9 @@ def test_overriding_nests_and_restores():
         thread = threading.Thread(target=lambda: elsewhere.append(plan.make(KNOWN, H200)))
         thread.start()
         thread.join()
-    assert plan.make(KNOWN, H200) == before == elsewhere[0]
+    # Autograd runs backward in a thread of its own.
+    assert elsewhere == [outer]
+    assert plan.make(KNOWN, H200) == before
 
 
 def test_a_measured_plan_is_taken_for_its_shape_alone(monkeypatch):

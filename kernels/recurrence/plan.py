@@ -10,7 +10,6 @@ measured.
 """
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +35,7 @@ class Shape:
     directions: int
     itemsize: int
     backward: bool
+    parts: int = 1  # 2 where float32 products are made of TF32 ones: operands are kept as a value and its remainder
 
     @property
     def contraction(self) -> int:
@@ -96,22 +96,25 @@ def split(gates: int, padded: bool) -> tuple[int, int]:
     return first, power_of_two(gates - first, least=1)
 
 
-_local = threading.local()
+_overrides: dict[str, Any] = {}
 
 
 @contextlib.contextmanager
 def overriding(**fields: Any) -> Iterator[None]:
-    """Plans made in this thread within the block have these fields, whatever was chosen: for tests and for tuning.
+    """Plans made within the block have these fields, whatever was chosen: for tests and for tuning.
+
+    In all threads, since autograd runs backward in one of its own.
 
     ``units`` smaller than a block's makes several slices. Interpreted programs run one after another, so there
     that is an error, except under ``seqcore.testing.explorer``.
     """
-    before = getattr(_local, "fields", {})
-    _local.fields = before | fields
+    before = dict(_overrides)
+    _overrides.update(fields)
     try:
         yield
     finally:
-        _local.fields = before
+        _overrides.clear()
+        _overrides.update(before)
 
 
 def make(shape: Shape, device: Device) -> Plan:
@@ -124,8 +127,7 @@ def make(shape: Shape, device: Device) -> Plan:
         chosen = _interpreted(shape)
     else:
         chosen = _tuned(shape, device) or _best(shape, device)
-    fields = getattr(_local, "fields", {})
-    return _completed(shape, device, replace(chosen, **fields)) if fields else chosen
+    return _completed(shape, device, replace(chosen, **_overrides)) if _overrides else chosen
 
 
 def make_step(shape: Shape, device: Device) -> Plan:
@@ -134,7 +136,7 @@ def make_step(shape: Shape, device: Device) -> Plan:
     plan = _blank(
         rows=min(64, power_of_two(shape.batch)), units=16, tile=narrow, stage=3, hold=False, padded=True, num_warps=4
     )
-    plan = replace(plan, **getattr(_local, "fields", {}))
+    plan = replace(plan, **_overrides)
     slices, groups = _ceil(shape.units, plan.units), _ceil(shape.batch, plan.rows)
     teams = groups * shape.directions * shape.blocks
     return replace(
@@ -151,7 +153,7 @@ def shared_memory(shape: Shape, plan: Plan) -> int:
     first, rest = split(shape.columns, plan.padded)
     outputs = (first + rest) * plan.units
     tiles = _ceil(shape.contraction, plan.fold * plan.tile)
-    width = plan.fold * plan.tile * shape.itemsize
+    width = plan.fold * plan.tile * shape.itemsize * shape.parts
     if plan.hold:
         return tiles * outputs * width + min(plan.stage, tiles) * plan.rows * width
     return plan.stage * (outputs + plan.rows) * width

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends import describe
+from ..backends import describe, recurrence_precision
 from ..cells import Cell
 from ..reference.recurrence import Weights, hidden_size
 from .layout import Map
@@ -44,6 +44,10 @@ class Layer:
     def projected(self) -> bool:
         return self.weights[0].w_hr is not None
 
+    @property
+    def precision(self) -> str:
+        return recurrence_precision(self.x.dtype, describe(self.x.device).arch)
+
     def part(self, direction: int, width: int) -> slice:
         """The columns of ``direction`` in rows that hold all directions side by side."""
         return slice(direction * width, (direction + 1) * width)
@@ -53,8 +57,9 @@ class Layer:
 
         cell, x = self.cell, self.x
         return Shape(
-            cell.gates, self.units, self.blocks, self.map.batch, self.directions, x.element_size(), backward
-        )
+            cell.gates, self.units, self.blocks, self.map.batch, self.directions, x.element_size(), backward,
+            parts=2 if self.precision == "tf32x3" else 1,
+        )  # fmt: skip
 
     def plan(self, backward: bool):
         from ..kernels.recurrence import plan

@@ -18,24 +18,15 @@ from .layer import Layer
 from .layout import Map
 
 
-def precision(x: Tensor) -> str:
-    """How float32 products are made: torch's switch for cuDNN's recurrences decides, here as there."""
-    if x.dtype != torch.float32 or not x.is_cuda:
-        return "ieee"
-    if torch.version.hip or torch.backends.cudnn.rnn.fp32_precision != "tf32":
-        return "ieee" if torch.version.hip else "tf32x3"
-    return "tf32"
-
-
 @contextlib.contextmanager
-def library_precision(x: Tensor) -> Iterator[None]:
-    """The library's products made as ``precision`` says, whatever its own switch says."""
-    if x.dtype != torch.float32 or not x.is_cuda or torch.version.hip:
+def library_precision(layer: Layer) -> Iterator[None]:
+    """The library's products made as the kernels make theirs, whatever its own switch says."""
+    if layer.precision == "ieee":
         yield
         return
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
-    switch.fp32_precision = "tf32" if precision(x) == "tf32" else "ieee"
+    switch.fp32_precision = "tf32" if layer.precision == "tf32" else "ieee"
     try:
         yield
     finally:
@@ -92,7 +83,7 @@ def forward(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, T
     cell, x, hidden, directions = layer.cell, layer.x, layer.hidden, layer.directions
     rows, batch, has_c = x.shape[0], layer.map.batch, cell.has_c
     save_gates, save_cells = save_gates and not cell.saves_output, save_cells and has_c
-    with library_precision(x):
+    with library_precision(layer):
         buffer = _project_input(layer, _row_tiles(cell) if save_gates else cell.gates)
         saved = _place_saved(layer, buffer) if save_gates else x.new_empty(directions, 0, cell.saved * hidden)
         states = x.new_empty(rows, directions * hidden)
@@ -112,7 +103,7 @@ def forward(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, T
                 stride_y=states.stride(0),
                 STEP=cell.device_functions()[0], GATES=cell.gates, SAVED=cell.saved, HAS_C=has_c,
                 BIAS=b_hh is not None, SAVE=save_gates, SAVE_CELLS=save_cells, BLOCKS=layer.blocks,
-                UNITS=layer.units, MAIN=first, REST=rest, PRECISION=precision(x),
+                UNITS=layer.units, MAIN=first, REST=rest, PRECISION=layer.precision,
             )  # fmt: skip
         if not layer.projected:
             return states, h_n, c_n, Kept(saved, cells, x.new_empty(0, directions * hidden))
@@ -168,7 +159,7 @@ def step(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, Tens
             y, h_n, c_n, kept.cells, kept.saved, batch, x.stride(0), h.stride(0), c.stride(0),
             STEP=cell.device_functions()[0], GATES=cell.gates, SAVED=cell.saved, HAS_C=has_c, BIAS=bias,
             SAVE=save_gates, SAVE_CELLS=save_cells, INPUTS=x.shape[1], BLOCKS=layer.blocks, UNITS=layer.units,
-            SLICES=plan.slices, MAIN=first, REST=rest, SWAP=plan.swap, STAGE=plan.stage, PRECISION=precision(x),
+            SLICES=plan.slices, MAIN=first, REST=rest, SWAP=plan.swap, STAGE=plan.stage, PRECISION=layer.precision,
             BLOCK_B=plan.rows, BLOCK_H=plan.units, BLOCK_K=plan.tile, num_warps=plan.num_warps,
         )  # fmt: skip
     return y, h_n, c_n, kept
@@ -186,7 +177,7 @@ def backward(
 
     cell, x, hidden, directions = layer.cell, layer.x, layer.hidden, layer.directions
     rows, batch, has_c = x.shape[0], layer.map.batch, cell.has_c
-    with library_precision(x):
+    with library_precision(layer):
         states = kept.hidden if layer.projected else y
         h_init, c_init = layer.travelling_h0(), layer.c0.contiguous() if has_c else None
         saved = _saved(layer, states, kept, h_init, c_init)
@@ -208,7 +199,7 @@ def backward(
                 STEP_BACKWARD=cell.device_functions()[1], GATES=cell.gates, SAVED=cell.saved, APART=cell.apart,
                 HAS_C=has_c, HAS_DY=dy is not None, HAS_DCELLS=dcells is not None, HAS_DH_N=dh_n is not None,
                 HAS_DC_N=dc_n is not None, CLIP=grad_clip is not None, BLOCKS=layer.blocks, UNITS=layer.units,
-                RESETS=layer.map.resets, PRECISION=precision(x),
+                RESETS=layer.map.resets, PRECISION=layer.precision,
             )  # fmt: skip
         return _afterwards(layer, states, h_init, dx_gates, dh_gates, dh_init, dc_init, d_out, gradients, need_dx)
 

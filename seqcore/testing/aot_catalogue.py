@@ -7,7 +7,7 @@ be. :func:`catalogue` lists all of them; :func:`covering` picks few that still s
 import functools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,11 @@ def _recurrence() -> Iterator[Entry]:
             continue
         for batch, backward in product(BATCHES[dtype], (False, True)):
             shape = plans.Shape(cell.gates, hidden, 1, batch, 1, 4 if dtype == "float32" else 2, backward)
-            plan = plans.make(shape, tuning.Device(target))
             # A map changes nothing about tiles and products: one batch in one dtype shows it.
             for mapped in (False, True) if dtype == "bfloat16" and batch == 16 else (False,):
-                yield _sequence_entry(cell, dtype, target, shape, plan, mapped)
+                yield _sequence_entry(cell, dtype, target, shape, mapped)
+            if few and dtype == "float32" and target.startswith("sm_"):
+                yield _sequence_entry(cell, dtype, target, replace(shape, parts=2), False)
             if few and not backward:
                 yield _step_entry(cell, dtype, target, shape)
 
@@ -159,11 +160,14 @@ def _cell_constants(cell: Cell, backward: bool) -> dict[str, Any]:
     return constants | {step: Function(function.removeprefix("seqcore.kernels."))}
 
 
-def _sequence_entry(cell: Cell, dtype: str, target: str, shape, plan, mapped: bool) -> Entry:
+def _sequence_entry(cell: Cell, dtype: str, target: str, shape: plans.Shape, mapped: bool) -> Entry:
+    plan = plans.make(shape, tuning.Device(target))
+    # In two parts where torch's switch forbids TF32.
+    precision = "tf32x3" if shape.parts == 2 else _precisions(dtype, target)[-1]
     constants = _cell_constants(cell, shape.backward) | {
         "MAPPED": mapped, "NATIVE": target.startswith("sm_"), "BLOCKS": 1, "UNITS": shape.units,
         "SLICES": plan.slices, "HOLD": plan.hold, "SWAP": plan.swap, "FOLD": plan.fold, "STAGE": plan.stage,
-        "CHAINS": plan.chains, "PRECISION": _precisions(dtype, target)[-1], "BLOCK_B": plan.rows,
+        "CHAINS": plan.chains, "PRECISION": precision, "BLOCK_B": plan.rows,
         "BLOCK_H": plan.units, "BLOCK_K": plan.tile,
     }  # fmt: skip
     if shape.backward:
@@ -185,6 +189,8 @@ def _sequence_entry(cell: Cell, dtype: str, target: str, shape, plan, mapped: bo
         "cell": cell.name, "dtype": dtype, "regime": plan.regime, "hidden": f"H={shape.units}",
         "batch": f"B={shape.batch}", "input": "mapped" if mapped else "padded",
     }  # fmt: skip
+    if shape.parts == 2:
+        tags["precision"] = precision
     return Entry(
         Function(f"recurrence.{name}:recurrence_{name}_kernel"),
         target,
@@ -193,12 +199,12 @@ def _sequence_entry(cell: Cell, dtype: str, target: str, shape, plan, mapped: bo
         plan.num_warps,
         1,
         tags,
-        stationary=tiles * outputs if plan.hold and target.startswith("sm_") else 0,
+        stationary=tiles * outputs * shape.parts if plan.hold and target.startswith("sm_") else 0,
         instruction="wgmma" if wide else None,
     )
 
 
-def _step_entry(cell: Cell, dtype: str, target: str, shape) -> Entry:
+def _step_entry(cell: Cell, dtype: str, target: str, shape: plans.Shape) -> Entry:
     plan = plans.make_step(shape, tuning.Device(target))
     first, rest = plans.split(cell.gates, plan.padded)
     constants = _cell_constants(cell, backward=False) | {
