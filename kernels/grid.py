@@ -16,6 +16,10 @@ import triton.language as tl
 # int32 counters stand a cache line apart, so that sets of programs do not slow each other's polling down.
 COUNTER_STRIDE = tl.constexpr(32)
 
+# Whether interpreted programs run side by side: ``seqcore.testing.explore`` says so while it is at work. Otherwise they
+# run one after another, and one that waits for another waits forever.
+interleaved = False
+
 
 @triton.jit
 def signal(counter_ptr):

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+import seqcore
 from seqcore.backends import INTERPRETED
 from seqcore.kernels import grid
 from seqcore.kernels.recurrence import backward as backward_kernels
@@ -155,3 +156,9 @@ def test_one_program_fewer_is_a_deadlock(which, monkeypatch):
     module, _, inputs, _, fields = case("lstm, swapped")
     with plan.overriding(**fields), explore(0, patience=200), pytest.raises(Deadlock, match="3 of 3 programs wait"):
         results(module, *inputs)
+
+
+def test_slices_that_would_wait_forever_are_refused():
+    module, x, hx = problem("gru", H=40)
+    with plan.overriding(units=16), pytest.raises(seqcore.UnsupportedInput, match="wait for each other forever"):
+        ours(module, "triton")(x, hx)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends import describe
 from ..cells import Cell
+from ..errors import UnsupportedInput
 from ..reference.bptt import Gradients, Kept, weight_gradient
 from . import projection
 from .layer import Layer
@@ -37,6 +38,11 @@ def _launch(kernel, plan, device: torch.device, arguments: Sequence, map_: Map, 
     """``kernel`` over all groups of sequences, in as many launches as it takes."""
     from ..kernels import grid
 
+    if plan.slices > 1 and device.type == "cpu" and not grid.interleaved:
+        raise UnsupportedInput(
+            f"interpreted programs run one after another, and {plan.slices} slices would wait for each other forever; "
+            "launch them within seqcore.testing.explore(seed), or leave plan.overriding(units=…) out"
+        )
     groups = -(-map_.batch // plan.rows)
     steps = map_.steps_of_groups(plan.rows) if map_.mapped else None
     teams_of_group = plan.teams // plan.groups

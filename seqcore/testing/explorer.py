@@ -77,6 +77,8 @@ def explore(seed: int, *, patience: int = PATIENCE, weak_memory: bool = True) ->
         raise ImportError("explore needs greenlet, to suspend programs; pip install seqcore[dev]") from error
     from triton.runtime import interpreter
 
+    from ..kernels import grid
+
     exploration = Exploration(seed, patience, weak_memory)
     stock_launch, stock_patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     patched = set()
@@ -103,6 +105,7 @@ def explore(seed: int, *, patience: int = PATIENCE, weak_memory: bool = True) ->
         with (
             mock.patch.object(interpreter.GridExecutor, "__call__", scheduled_launch),
             mock.patch.object(interpreter, "_patch_lang", patch_once),
+            mock.patch.object(grid, "interleaved", True),
             mock.patch.multiple(interpreter.interpreter_builder, **exploration._operations()),
         ):
             yield exploration
