@@ -1,11 +1,14 @@
 """The recurrence operators as torch.library sees them, and the autograd.Function around them."""
 
+import contextlib
+
 import pytest
 import torch
 
 from seqcore import cells
 from seqcore.autograd import recurrence as autograd
 from seqcore.autograd.recurrence import RecurrenceFunction, Settings
+from seqcore.ops import library
 from seqcore.ops import recurrence as ops
 from seqcore.reference.recurrence import group
 
@@ -164,3 +167,12 @@ def test_forward_saves_only_for_a_backward_that_may_come(monkeypatch, grad_enabl
     save = grad_enabled and wanted
     assert asked == [(save and option != "recompute", save or option == "return_cells")]
     assert (every_c is not None) == (option == "return_cells")
+
+
+def test_on_a_gpu_the_tensors_own_device_is_the_current_one(monkeypatch):
+    """Triton launches on the current device, whatever tensors it is given."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device)))
+    count = library._on_its_device(lambda *arguments: len(arguments))
+    assert count("gru", torch.ones(1, device="meta"), None) == 3
+    assert entered == [torch.device("meta")]

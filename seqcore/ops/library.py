@@ -1,6 +1,11 @@
 """The ``torch.library`` fragment all operators are defined in, and which implementation a CPU tensor gets."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..backends import INTERPRETED, KERNEL_DTYPES
 
@@ -15,9 +20,20 @@ def interpreted(dtype: torch.dtype) -> bool:
     return INTERPRETED and dtype in KERNEL_DTYPES and dtype != torch.bfloat16
 
 
+def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """``implementation`` with its tensors' GPU as the current one, on which Triton launches whatever it is given."""
+
+    @functools.wraps(implementation)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with torch.cuda.device(next(a.device for a in arguments if isinstance(a, Tensor))):
+            return implementation(*arguments, **keywords)
+
+    return run
+
+
 def define(name: str, schema: str, implementation, fake) -> None:
     """Register ``seqcore::name``: one implementation for CPU and CUDA tensors, and its shape-only twin."""
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, key)
+    LIBRARY.impl(name, implementation, "CPU")
+    LIBRARY.impl(name, _on_its_device(implementation), "CUDA")
     torch.library.register_fake(f"seqcore::{name}", fake, lib=LIBRARY)
