@@ -9,6 +9,7 @@ import torch
 
 import seqcore
 from seqcore import Device
+from seqcore.kernels import grid
 from seqcore.kernels.recurrence import plan
 from seqcore.kernels.recurrence.plan import NoPlan, Shape
 from seqcore.ops import layout, sequence
@@ -168,7 +169,8 @@ class Recorder:
 
 
 @pytest.mark.parametrize("steps, batch", [(1, 1), (3, 128), (3, 129), (3, 256), (3, 600), (70_000, 1)])
-def test_launches_cover_each_group_once_and_all_steps(steps, batch):
+def test_launches_cover_each_group_once_and_all_steps(steps, batch, monkeypatch):
+    monkeypatch.setattr(grid, "interleaved", True)
     made = plan.make(replace(KNOWN, batch=batch), H200)
     kernel, x = Recorder(), torch.zeros(steps, batch, 1)
     sequence._launch(kernel, made, x.device, (x,), layout.plain(x, 1))

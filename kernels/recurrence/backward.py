@@ -90,11 +90,11 @@ def _bounded(tiles, valid, clip, COUNT: tl.constexpr, CLIP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["clip", "T", "B", "R", "first_group", "groups"])
 def recurrence_backward_kernel(
-    saved_ptr,  # [D, R, SAVED * H], rows stride_saved, directions stride_saved_d
+    saved_ptr,  # [D, R, SAVED * H] in rows of saved_width * H, directions saved_direction * H
     w_hh_ptr,  # [D, GATES, BLOCKS, UNITS, UNITS]
-    y_ptr,  # [R, D * H]
+    y_ptr,  # [R, D * H]: y_width is D
     cells_ptr,  # [R, D * H]; unread unless HAS_C
-    h_init_ptr,  # [D, B or 2B, H], directions stride_initial
+    h_init_ptr,  # [D, B or 2B, H]: initial_rows
     c_init_ptr,  # [D, B or 2B, H]; unread unless HAS_C
     dy_ptr,  # [R, D * H]; unread unless HAS_DY
     dcells_ptr,  # [R, D * H]; unread unless HAS_DCELLS
@@ -116,10 +116,10 @@ def recurrence_backward_kernel(
     R,
     first_group,
     groups,
-    stride_initial,
-    stride_saved,
-    stride_saved_d,
-    stride_y,
+    initial_rows,
+    saved_width,  # of rows and of directions, in H
+    saved_direction,
+    y_width,
     STEP_BACKWARD: tl.constexpr,
     GATES: tl.constexpr,
     SAVED: tl.constexpr,
@@ -147,6 +147,7 @@ def recurrence_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     H: tl.constexpr = BLOCKS * UNITS
+    stride_saved, stride_y = saved_width * H, y_width * H
     ROW: tl.constexpr = 0 if SWAP else 1
     TILES: tl.constexpr = (GATES * UNITS + FOLD * BLOCK_K - 1) // (FOLD * BLOCK_K)
 
@@ -159,7 +160,7 @@ def recurrence_backward_kernel(
     columns = block * UNITS + units
     counter_ptr += team * COUNTER_STRIDE
 
-    saved_ptr += direction.to(tl.int64) * stride_saved_d
+    saved_ptr += direction.to(tl.int64) * saved_direction * H
     y_ptr += direction * H
     cells_ptr += direction * H
     dy_ptr += direction * H
@@ -167,7 +168,7 @@ def recurrence_backward_kernel(
     w_hh_ptr += direction.to(tl.int64) * GATES * UNITS * H
     dx_gates_ptr += direction.to(tl.int64) * R * GATES * H
     dh_gates_ptr += direction.to(tl.int64) * R * GATES * H
-    initial = direction.to(tl.int64) * stride_initial
+    initial = direction.to(tl.int64) * initial_rows * H
     h_init_ptr += initial
     c_init_ptr += initial
     dh_init_ptr += initial

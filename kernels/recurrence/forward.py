@@ -32,14 +32,14 @@ from .products import (
 
 @triton.jit(do_not_specialize=["T", "B", "R", "first_group", "groups"])
 def recurrence_forward_kernel(
-    x_gates_ptr,  # [D, R, GATES * H], rows stride_x: x W_ih^T + b_ih
+    x_gates_ptr,  # [D, R, GATES * H] in rows of x_width * H: x W_ih^T + b_ih
     w_hh_ptr,  # [D, GATES, BLOCKS, UNITS, UNITS]
     b_hh_ptr,  # [D, GATES * H]; unread unless BIAS
-    h_init_ptr,  # [D, B or 2B, H], directions stride_initial
+    h_init_ptr,  # [D, B or 2B, H]: initial_rows
     c_init_ptr,  # [D, B or 2B, H]; unread unless HAS_C
-    y_ptr,  # [R, D * H]
+    y_ptr,  # [R, D * H]: y_width is D
     cells_ptr,  # [R, D * H]; unwritten unless SAVE_CELLS
-    saved_ptr,  # [D, R, SAVED * H], rows stride_saved, may be x_gates itself; unwritten unless SAVE
+    saved_ptr,  # [D, R, SAVED * H] in rows of saved_width * H, may be x_gates itself; unwritten unless SAVE
     h_n_ptr,  # [D, B, H]; sequences of no steps are left as they are
     c_n_ptr,  # [D, B, H], likewise; unwritten unless HAS_C
     offset_ptr,  # see layout.py; the next four are unread unless MAPPED
@@ -53,10 +53,10 @@ def recurrence_forward_kernel(
     R,
     first_group,
     groups,  # of this launch
-    stride_initial,
-    stride_x,
-    stride_saved,
-    stride_y,
+    initial_rows,
+    x_width,  # widths of rows in H, so that what H divides by is known of their addresses
+    saved_width,
+    y_width,
     STEP: tl.constexpr,
     GATES: tl.constexpr,
     SAVED: tl.constexpr,
@@ -82,6 +82,7 @@ def recurrence_forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     H: tl.constexpr = BLOCKS * UNITS
+    stride_x, stride_saved, stride_y = x_width * H, saved_width * H, y_width * H
     ROW: tl.constexpr = 0 if SWAP else 1
     TILES: tl.constexpr = (UNITS + FOLD * BLOCK_K - 1) // (FOLD * BLOCK_K)
     # All units in one tile: h goes from one step to the next without leaving the program.
@@ -103,8 +104,8 @@ def recurrence_forward_kernel(
     w_hh_ptr += direction.to(tl.int64) * GATES * UNITS * H
     b_hh_ptr += direction * GATES * H
     final = direction.to(tl.int64) * B * H
-    h_init_ptr += direction.to(tl.int64) * stride_initial
-    c_init_ptr += direction.to(tl.int64) * stride_initial
+    h_init_ptr += direction.to(tl.int64) * initial_rows * H
+    c_init_ptr += direction.to(tl.int64) * initial_rows * H
     own = across(units < UNITS, 1 - ROW)
     exists_b = across(offs_b < B, ROW)
     state_offs = across(offs_b * H, ROW) + across(columns, 1 - ROW)

@@ -159,13 +159,6 @@ def shared_memory(shape: Shape, plan: Plan) -> int:
     return plan.stage * (outputs + plan.rows) * width
 
 
-def _resident(device: Device, plan: Plan) -> int:
-    """How many programs can run at once, if each takes all the registers it may."""
-    by_registers = device.registers // (255 * 32 * plan.num_warps)
-    by_memory = device.shared_memory // max(plan.shared_memory, 1)
-    return device.multiprocessors * max(1, min(by_registers, by_memory))
-
-
 def _completed(shape: Shape, device: Device, plan: Plan) -> Plan:
     """``plan`` with everything that follows from its tiles."""
     slices = _ceil(shape.units, plan.units)
@@ -179,7 +172,8 @@ def _completed(shape: Shape, device: Device, plan: Plan) -> Plan:
         stage = 1
     plan = replace(plan, slices=slices, stage=stage, chains=chains)
     plan = replace(plan, shared_memory=shared_memory(shape, plan))
-    groups, resident = _ceil(shape.batch, plan.rows), _resident(device, plan)
+    # One program a multiprocessor: two would share what each was planned to fill.
+    groups, resident = _ceil(shape.batch, plan.rows), device.multiprocessors
     if device.arch == INTERPRETER:
         resident = 1 << 30
     at_once = min(groups, resident // (slices * shape.directions * shape.blocks)) if slices > 1 else groups
@@ -241,8 +235,10 @@ def _held(shape: Shape, device: Device, units: int) -> Plan | None:
         return None
     groups = max(1, device.multiprocessors // programs)
     least = power_of_two(_ceil(shape.batch, groups))
+    # Tensor memory, where there is some, holds no more of such unrolled products.
+    most = MOST_ROWS if not device.arch.startswith(("sm_10", "sm_12")) else 64 // shape.parts
     for rows in (16, 32, 64, MOST_ROWS):
-        if rows < min(least, MOST_ROWS):
+        if not min(least, most) <= rows <= most:
             continue
         # One product for all gates is better, but three gates in the room of four may be too much.
         for padded in (True, False):

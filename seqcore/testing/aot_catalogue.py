@@ -148,8 +148,9 @@ def _recurrence() -> Iterator[Entry]:
 def _recurrence_arguments(cell: Cell, dtype: str, hidden: int) -> dict[str, str | int | float]:
     width = max(cell.gates, cell.saved) * hidden
     numbers = {"T": 512, "B": 64, "R": 512 * 64, "H": hidden, "first_group": 0, "groups": 2, "clip": 1.0}
-    strides = dict.fromkeys((f"stride_{name}" for name in ("x", "saved", "saved_d", "h", "c", "initial")), width)
-    strides["stride_y"] = hidden
+    strides = dict.fromkeys((f"stride_{name}" for name in ("x", "saved", "h", "c")), width)
+    strides |= {"initial_rows": 64, "saved_direction": 512 * 64, "y_width": 1}
+    strides |= dict.fromkeys(("x_width", "saved_width"), width // hidden)
     return {f"{name}_ptr": POINTERS[dtype] for name in TENSORS} | INTEGERS | numbers | strides
 
 
