@@ -6,6 +6,7 @@ from torch import nn
 
 from seqcore.autograd.recurrence import RecurrenceFunction, Settings
 from seqcore.backends import INTERPRETED
+from seqcore.kernels.recurrence import plan
 
 from .recurrence_twins import (
     assert_alike,
@@ -198,3 +199,42 @@ def test_more_steps_than_a_grid_has_rows(device):
     twin, x, hx = problem("gru", T=70_000, B=1, I=8, H=31, device=device)
     module = ours(twin, "triton")
     assert_within(results(module, x, hx), *yardsticks(twin, x, hx))
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm_proj"])
+def test_autocast_around_backward_changes_nothing(cell, device):
+    twin, x, hx = problem(cell, I=8, device=device)
+    module = ours(twin, "triton")
+    inputs = [x.requires_grad_(), *module.parameters()]
+    y, _ = module(x, hx)
+    alone = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        within = torch.autograd.grad(y.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(alone, within, strict=True))
+
+
+def test_lengths_may_be_narrow_integers(device):
+    """More rows than int8 can count."""
+    twin, x, hx = problem("lstm", T=20, B=16, I=8, device=device)
+    module, lengths = ours(twin, "triton"), torch.arange(16, device=device) + 3
+    _, narrow = module(x, hx, lengths=lengths.to(torch.int8))
+    _, wide = module(x, hx, lengths=lengths)
+    assert torch.equal(narrow[0], wide[0]) and torch.equal(narrow[1], wide[1])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu"])
+def test_an_infinite_gradient_is_clipped(cell, device):
+    twin, x, hx = problem(cell, I=8, device=device)
+    module = ours(twin, "triton", grad_clip=1.0)
+    y, _ = module(x.requires_grad_(), hx)
+    dy = torch.zeros_like(y)
+    dy[-1, 0, 0] = float("inf")
+    [dx] = torch.autograd.grad(y, x, dy)
+    assert dx.isfinite().all()
+
+
+def test_streaming_in_one_tile_reads_what_it_wrote(device):
+    twin, x, hx = problem("gru", I=8, H=31, device=device)
+    with plan.overriding(hold=False, units=32, tile=32, fold=1):
+        assert_within(results(ours(twin, "triton"), x, hx), *yardsticks(twin, x, hx))

@@ -88,7 +88,7 @@ def _bounded(tiles, valid, clip, COUNT: tl.constexpr, CLIP: tl.constexpr):
     return bounded
 
 
-@triton.jit(do_not_specialize=["clip", "T", "B", "R", "first_group", "groups"])
+@triton.jit(do_not_specialize=["clip", "T", "B", "R", "first_group", "groups", "initial_rows", "saved_direction"])
 def recurrence_backward_kernel(
     saved_ptr,  # [D, R, SAVED * H] in rows of saved_width * H, directions saved_direction * H
     w_hh_ptr,  # [D, GATES, BLOCKS, UNITS, UNITS]

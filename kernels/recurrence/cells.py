@@ -29,7 +29,7 @@ def rnn_tanh_step(x_gates, h_gates, state):
 @triton.jit
 def rnn_tanh_step_backward(saved, state, new_state, dstate):
     da = dstate[0] * (1.0 - saved[0] * saved[0])
-    return (da,), (da,), (da * 0.0,)
+    return (da,), (da,), (tl.zeros_like(da),)
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def rnn_relu_step(x_gates, h_gates, state):
 @triton.jit
 def rnn_relu_step_backward(saved, state, new_state, dstate):
     da = tl.where(saved[0] > 0.0, dstate[0], 0.0)
-    return (da,), (da,), (da * 0.0,)
+    return (da,), (da,), (tl.zeros_like(da),)
 
 
 @triton.jit
@@ -88,4 +88,4 @@ def lstm_step_backward(saved, state, new_state, dstate):
     dg = dc * i * (1.0 - g * g)
     do = dh * tanh_c * o * (1.0 - o)
     dgates = (di, df, dg, do)
-    return dgates, dgates, (dh * 0.0, dc * f)
+    return dgates, dgates, (tl.zeros_like(dh), dc * f)

@@ -1,10 +1,10 @@
 """A whole sequence in one launch, forward.
 
 Programs are numbered slice by slice: SLICES programs share one *team*, that is one group of BLOCK_B sequences in one
-block of the weights in one direction. Each owns BLOCK_H units, keeps its slice of the weights on chip, and needs the
-whole team's h at every step: y itself is where they exchange it, so nothing is reused and the only hazard is the one
-the barrier removes. Teams never wait for each other. With one slice there is no barrier, and if one tile holds all
-units h never leaves the program.
+block of the weights in one direction. Each owns BLOCK_H units, keeps its slice of the weights on chip (HOLD; else it
+reads it again at every step), and needs the whole team's h at every step: y itself is where they exchange it, so
+nothing is reused and the only hazard is the one the barrier removes. Teams never wait for each other. With one slice
+no program waits for another, and if one tile holds all units h never leaves the program.
 """
 
 import triton
@@ -30,7 +30,7 @@ from .products import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "B", "R", "first_group", "groups"])
+@triton.jit(do_not_specialize=["T", "B", "R", "first_group", "groups", "initial_rows"])
 def recurrence_forward_kernel(
     x_gates_ptr,  # [D, R, GATES * H] in rows of x_width * H: x W_ih^T + b_ih
     w_hh_ptr,  # [D, GATES, BLOCKS, UNITS, UNITS]
@@ -86,7 +86,7 @@ def recurrence_forward_kernel(
     ROW: tl.constexpr = 0 if SWAP else 1
     TILES: tl.constexpr = (UNITS + FOLD * BLOCK_K - 1) // (FOLD * BLOCK_K)
     # All units in one tile: h goes from one step to the next without leaving the program.
-    INSIDE: tl.constexpr = SLICES == 1 and FOLD == 1 and BLOCK_K == BLOCK_H
+    INSIDE: tl.constexpr = HOLD and SLICES == 1 and FOLD == 1 and BLOCK_K == BLOCK_H
 
     team = tl.program_id(0) // SLICES
     first_unit = tl.program_id(0) % SLICES * BLOCK_H

@@ -10,6 +10,7 @@ measured.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -202,13 +203,17 @@ def _interpreted(shape: Shape) -> Plan:
 
 
 def _tuned(shape: Shape, device: Device) -> Plan | None:
-    """The measured plan for exactly this shape, if the table of this device has one."""
+    """The measured plan for exactly this shape, if the table of this device has one that fits this device, too."""
     for row in table(device.arch).get("recurrence", ()):
         if all(getattr(shape, name) == value for name, value in row["shape"].items()):
-            return _completed(shape, device, _blank(**row["plan"]))
+            # The same architecture is sold with fewer multiprocessors than the one measured.
+            with contextlib.suppress(NoPlan):
+                plan = _completed(shape, device, _blank(**row["plan"]))
+                return plan if plan.shared_memory <= device.shared_memory else None
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def _best(shape: Shape, device: Device) -> Plan:
     """The first that fits: all in one program, held on chip in more and more rows a program, streaming."""
     for units in _unit_blocks(shape):

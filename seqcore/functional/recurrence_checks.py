@@ -300,7 +300,8 @@ def _check_lengths(name: str, lengths: Tensor | None, x: Tensor) -> Tensor | Non
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > time:
             raise InvalidInput(f"{name}: lengths must lie in 0 … {time}, got {low} … {high}")
-    return lengths.to(x.device)
+    # Rows are counted in them, and there may be more rows than a narrow integer holds.
+    return lengths.to(x.device, torch.int64)
 
 
 def _check_reset(name: str, reset: Tensor | None, x: Tensor, batch_first: bool) -> Tensor | None:

@@ -38,12 +38,10 @@ class Map:
 
     def steps_of_groups(self, rows: int) -> Tensor:
         """[groups]: how many steps a group of ``rows`` sequences has, which is its first one's in a packed input."""
-        firsts = torch.arange(0, self.batch, rows)
         if self.sizes is None:
-            counts = torch.full_like(firsts, self.steps)
-        else:
-            counts = (self.sizes > firsts[:, None]).sum(1)
-        return counts.to(self.source.device, non_blocking=True)
+            return torch.full((-(-self.batch // rows),), self.steps, device=self.source.device)
+        firsts = torch.arange(0, self.batch, rows)
+        return (self.sizes > firsts[:, None]).sum(1).to(self.source.device, non_blocking=True)
 
     def entering(self, direction: int, values: Tensor, initial: Tensor) -> Tensor:
         """The state entering each row [R, H], out of ``values`` [R, H] and ``initial`` [B or 2B, H]: a copy."""
@@ -98,7 +96,7 @@ def padded(x: Tensor, directions: int, lengths: Tensor | None, reset: Tensor | N
     rows, device = steps * batch, x.device
     t, b = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
     row = t * batch + b
-    length = torch.full((batch,), steps, device=device) if lengths is None else lengths.clamp(0, steps)
+    length = torch.full((batch,), steps, device=device) if lengths is None else lengths.long().clamp(0, steps)
     inside = t < length
     forward = torch.where(t == 0, rows + b, row - batch)
     backward = torch.where(t == length - 1, rows + b, row + batch)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import INTERPRETED, KERNEL_DTYPES
+from ..reference.precision import without_autocast
 
 LIBRARY = torch.library.Library("seqcore", "FRAGMENT")
 
@@ -32,7 +33,11 @@ def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def define(name: str, schema: str, implementation, fake) -> None:
-    """Register ``seqcore::name``: one implementation for CPU and CUDA tensors, and its shape-only twin."""
+    """Register ``seqcore::name``: one implementation for CPU and CUDA tensors, and its shape-only twin.
+
+    Inside an operator autocast is off: the functional layer has made its casts, and backward may run under another.
+    """
+    implementation = without_autocast(implementation)
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     LIBRARY.impl(name, implementation, "CPU")
     LIBRARY.impl(name, _on_its_device(implementation), "CUDA")
