@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..reference.recurrence import Weights
+from ..reference.recurrence import Weights, block_count
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Problem:
 
     @property
     def blocks(self) -> int:
-        w_hh = self.weights[0][0].w_hh
-        return w_hh.shape[1] if w_hh.dim() == 4 else 1
+        return block_count(self.weights[0][0].w_hh)
 
     def finish(self, y: Tensor, h_n: Tensor, c_n: Tensor | None, cells: Tensor | None = None):
         """The results in the layout the caller's input had."""

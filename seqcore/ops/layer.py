@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backends import describe, recurrence_precision
 from ..cells import Cell
-from ..reference.recurrence import Weights, hidden_size
+from ..reference.recurrence import Weights, block_count, hidden_size
 from .layout import Map
 
 
@@ -33,8 +33,7 @@ class Layer:
 
     @property
     def blocks(self) -> int:
-        w_hh = self.weights[0].w_hh
-        return w_hh.shape[1] if w_hh.dim() == 4 else 1
+        return block_count(self.weights[0].w_hh)
 
     @property
     def units(self) -> int:

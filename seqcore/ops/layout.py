@@ -115,15 +115,24 @@ def padded(x: Tensor, directions: int, lengths: Tensor | None, reset: Tensor | N
     return Map(steps, batch, rows, directions, offset, active, source, last, resets=resets)
 
 
-def packed(x: Tensor, h0: Tensor, directions: int, batch_sizes: Tensor) -> Map:
-    """Packed rows x [R, …]; ``batch_sizes`` stands on the CPU, as torch requires, so nothing waits for a GPU."""
-    rows, batch, steps, device = x.shape[0], h0.shape[1], batch_sizes.shape[0], x.device
-    # In a compiled graph nobody has looked at these values before.
+def check_packed(x: Tensor, h0: Tensor, batch_sizes: Tensor) -> None:
+    """Whether the parts of a packed input fit together: in a compiled graph nobody has looked at their values before.
+
+    Raises:
+        InvalidInput: if they do not.
+    """
+    rows, batch = x.shape[0], h0.shape[1]
     if int(batch_sizes[0]) != batch or int(batch_sizes.sum()) != rows:
         raise InvalidInput(
             f"recurrence: a PackedSequence of {int(batch_sizes[0])} sequences and {int(batch_sizes.sum())} rows needs "
             f"hx of as many sequences and data of as many rows, got {batch} and {rows}"
         )
+
+
+def packed(x: Tensor, h0: Tensor, directions: int, batch_sizes: Tensor) -> Map:
+    """Packed rows x [R, …]; ``batch_sizes`` stands on the CPU, as torch requires, so nothing waits for a GPU."""
+    check_packed(x, h0, batch_sizes)
+    rows, batch, steps, device = x.shape[0], h0.shape[1], batch_sizes.shape[0], x.device
     starts = batch_sizes.cumsum(0) - batch_sizes
     lengths = (batch_sizes > torch.arange(batch)[:, None]).sum(1)
     ends = starts[lengths - 1] + torch.arange(batch)

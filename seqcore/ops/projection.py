@@ -51,10 +51,9 @@ def project_output(layer: Layer, states: Tensor) -> tuple[Tensor, Tensor]:
     return y, h_n
 
 
-def before_projection(layer: Layer, gradients: Gradients) -> Gradients:
-    """The gradients with respect to the unprojected states, where those of h_n join those of y."""
+def before_projection(layer: Layer, dy: Tensor, gradients: Gradients) -> Gradients:
+    """The gradients with respect to the unprojected states; ``dy`` is ``all_outputs``, where those of h_n are in."""
     outputs, hidden = layer.h0.shape[-1], layer.hidden
-    dy = all_outputs(layer, gradients)
     d_states = dy.new_empty(dy.shape[0], layer.directions * hidden)
     for d, w in enumerate(layer.weights):
         torch.mm(dy[:, layer.part(d, outputs)], w.w_hr, out=d_states[:, layer.part(d, hidden)])
@@ -78,16 +77,15 @@ def all_outputs(layer: Layer, gradients: Gradients) -> Tensor:
 
 
 def unfold(
-    layer: Layer, d: int, states: Tensor, folded: Tensor, dh_gates: Tensor, gradients: Gradients, dh0: Tensor
+    layer: Layer, d: int, states: Tensor, folded: Tensor, dh_gates: Tensor, dy: Tensor, dh_n: Tensor | None, dh0: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of W_hh and W_hr out of that of their product W_hh W_hr; fills dh0."""
+    """Gradients of W_hh and W_hr out of that of their product W_hh W_hr, and ``dy`` of ``all_outputs``; fills dh0."""
     w, outputs, here = layer.weights[d], layer.h0.shape[-1], layer.part(d, layer.hidden)
     first = _initial_gradient(layer, d, dh_gates)
     torch.mm(first, w.w_hh, out=dh0)
     _, present = layer.map.last_rows(d)
-    if present is not None and gradients.h_n is not None:
+    if present is not None and dh_n is not None:
         own = dh0[: layer.map.batch]
-        own.copy_(torch.where(present[:, None], own, gradients.h_n[d]))
+        own.copy_(torch.where(present[:, None], own, dh_n[d]))
     dw_hh = torch.addmm(first.T @ layer.h0[d], folded, w.w_hr.T)
-    dy = all_outputs(layer, gradients)[:, layer.part(d, outputs)]
-    return dw_hh, torch.addmm(w.w_hh.T @ folded, dy.T, states[:, here])
+    return dw_hh, torch.addmm(w.w_hh.T @ folded, dy[:, layer.part(d, outputs)].T, states[:, here])

@@ -42,7 +42,7 @@ def _layer(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, res
 def _steps(x: Tensor, h0: Tensor, batch_sizes: Tensor | None, lengths, reset) -> bptt.Layout:
     if batch_sizes is None:
         return bptt.Layout(padded_steps(x.shape[0], x.shape[1]), lengths, reset)
-    layout.packed(x, h0, 1, batch_sizes)  # raises where they do not fit together
+    layout.check_packed(x, h0, batch_sizes)
     return bptt.Layout(packed_steps(batch_sizes), lengths, reset)
 
 

@@ -185,8 +185,10 @@ def backward(
     with library_precision(layer):
         states = kept.hidden if layer.projected else y
         h_init, c_init = layer.travelling_h0(), layer.c0.contiguous() if has_c else None
-        saved = _saved(layer, states, kept, h_init, c_init)
-        d_out = projection.before_projection(layer, gradients) if layer.projected else gradients
+        weights = layer.recurrent_weights()
+        saved = _saved(layer, states, kept, h_init, c_init, weights)
+        d_projected = projection.all_outputs(layer, gradients) if layer.projected else None
+        d_out = projection.before_projection(layer, d_projected, gradients) if layer.projected else gradients
         dh_init = _handed_on(layer.map, h_init, d_out.h_n)
         dc_init = _handed_on(layer.map, c_init, d_out.c_n) if has_c else x.new_empty(0)
         dh_gates = x.new_empty(directions, rows, cell.gates * hidden)
@@ -197,7 +199,7 @@ def backward(
             dh_n, dc_n = (None if g is None else g.contiguous() for g in (d_out.h_n, d_out.c_n))
             _launch(
                 kernels.recurrence_backward_kernel, layer.plan(backward=True), x.device,
-                (saved, layer.recurrent_weights(), states, kept.cells, h_init, c_init, dy, dcells, dh_n, dc_n,
+                (saved, weights, states, kept.cells, h_init, c_init, dy, dcells, dh_n, dc_n,
                  dx_gates, dh_gates, dh_init, dc_init), layer.map,
                 clip=grad_clip or 0.0, initial_rows=h_init.shape[1],
                 saved_width=saved.stride(1) // hidden, saved_direction=saved.stride(0) // hidden, y_width=directions,
@@ -206,7 +208,9 @@ def backward(
                 HAS_DC_N=dc_n is not None, CLIP=grad_clip is not None, BLOCKS=layer.blocks, UNITS=layer.units,
                 RESETS=layer.map.resets, PRECISION=layer.precision,
             )  # fmt: skip
-        return _afterwards(layer, states, h_init, dx_gates, dh_gates, dh_init, dc_init, d_out, gradients, need_dx)
+        return _afterwards(
+            layer, states, h_init, dx_gates, dh_gates, dh_init, dc_init, d_projected, gradients.h_n, need_dx
+        )
 
 
 def _handed_on(map_: Map, initial: Tensor, gradient: Tensor | None) -> Tensor:
@@ -222,7 +226,9 @@ def _handed_on(map_: Map, initial: Tensor, gradient: Tensor | None) -> Tensor:
     return torch.cat([own, torch.zeros_like(own)], 1) if map_.resets else own.contiguous()
 
 
-def _saved(layer: Layer, states: Tensor, kept: Kept, h_init: Tensor, c_init: Tensor | None) -> Tensor:
+def _saved(
+    layer: Layer, states: Tensor, kept: Kept, h_init: Tensor, c_init: Tensor | None, weights: Tensor
+) -> Tensor:
     """What the steps saved, [D, R, S*H]: kept by forward, y itself, or made again by one product over all steps."""
     cell, hidden = layer.cell, layer.hidden
     if cell.saves_output:
@@ -235,7 +241,7 @@ def _saved(layer: Layer, states: Tensor, kept: Kept, h_init: Tensor, c_init: Ten
     rows, gates = states.shape[0], cell.gates * hidden
     buffer = _project_input(layer, _row_tiles(cell))
     saved = _place_saved(layer, buffer)
-    weights = layer.recurrent_weights().view(layer.directions, cell.gates, layer.blocks, layer.units, layer.units)
+    weights = weights.view(layer.directions, cell.gates, layer.blocks, layer.units, layer.units)
     tiles = tuning.pointwise_tiles(rows, hidden)
     for d, w in enumerate(layer.weights):
         h = layer.map.entering(d, states[:, layer.part(d, hidden)], h_init[d])
@@ -254,7 +260,7 @@ def _saved(layer: Layer, states: Tensor, kept: Kept, h_init: Tensor, c_init: Ten
 
 
 def _afterwards(
-    layer, states, h_init, dx_gates, dh_gates, dh_init, dc_init, d_out, gradients, need_dx
+    layer, states, h_init, dx_gates, dh_gates, dh_init, dc_init, d_projected, dh_n, need_dx
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The products over all steps at once, out of the gates' gradients."""
     x, hidden, valid = layer.x, layer.hidden, layer.map.valid()
@@ -269,7 +275,7 @@ def _afterwards(
         dw_hh = _recurrent_gradient(layer, d, states[:, layer.part(d, hidden)], h_init[d], dh_gates[d])
         dw_hr = None
         if layer.projected:
-            dw_hh, dw_hr = projection.unfold(layer, d, states, dw_hh, dh_gates[d], gradients, dh0[d])
+            dw_hh, dw_hr = projection.unfold(layer, d, states, dw_hh, dh_gates[d], d_projected, dh_n, dh0[d])
         dweights += [dx_gates[d].T @ clean_x, dw_hh]
         if w.b_ih is not None:
             dx_sum = dx_gates[d].sum(0)

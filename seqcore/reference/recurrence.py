@@ -54,6 +54,10 @@ def hidden_size(w_hh: Tensor, gates: int) -> int:
     return w_hh.shape[1] * w_hh.shape[2] if w_hh.dim() == 4 else w_hh.shape[0] // gates
 
 
+def block_count(w_hh: Tensor) -> int:
+    return w_hh.shape[1] if w_hh.dim() == 4 else 1
+
+
 def recurrent_product(h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
     """h W_hh^T + b_hh, [B, G*H]."""
     if w_hh.dim() == 2:
