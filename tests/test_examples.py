@@ -38,3 +38,13 @@ def test_minimal_gated_unit(capsys):
     wrong = dataclasses.replace(example.MGU, name="forgetful", step_backward=forgets_the_direct_path)
     with pytest.raises(AssertionError, match=r"gradient of .* outside the error budget"):
         check_cell(wrong, hidden=20)
+
+
+def test_cached_generation(capsys, monkeypatch):
+    example = load("cached_generation")
+    example.main()
+    assert "the tokens equal those computed again" in capsys.readouterr().out
+    rotate = example.RotaryPositions.forward
+    monkeypatch.setattr(example.RotaryPositions, "forward", lambda module, x, start: rotate(module, x, 0))
+    with pytest.raises(AssertionError):
+        example.main()

@@ -1,6 +1,20 @@
-"""Modules that take the place of ``torch.nn``'s."""
+"""Modules that take the place of ``torch.nn``'s, and what goes with them."""
 
 from .attention import MultiheadAttention
+from .cache import KVCache
+from .positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from .recurrence import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "KVCache",
+    "LSTMCell",
+    "LearnedPositions",
+    "MultiheadAttention",
+    "RNNCell",
+    "RotaryPositions",
+    "SinusoidalPositions",
+]
