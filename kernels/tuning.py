@@ -2,11 +2,13 @@
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 INTERPRETER = "interpreter"
 
+# Most queries, those of a group's heads together, for which packing them into one tile pays.
+DECODE_ROWS = 64
 
 # Multiprocessors and bytes of shared memory a program may use, of each architecture's common data-centre part.
 TYPICAL = {
@@ -38,12 +40,23 @@ class Device:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of one launch. For attention ``rows`` tiles the queries and ``columns`` the keys."""
+    """Tile sizes of one launch. For attention ``rows`` tiles the queries and ``columns`` the keys.
+
+    Of attention's forward kernel: ``persistent`` programs a multiprocessor take tile after tile (0: a program a tile);
+    ``descriptors`` has the hardware copy tiles of keys where alignment allows; ``specialize`` gives warps roles.
+    """
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
+    persistent: int = 0
+    descriptors: bool = False
+    specialize: bool = False
+
+    def fitting(self, rows: int) -> "Tiles":
+        """These with only as many rows as it takes."""
+        return replace(self, rows=min(self.rows, power_of_two(rows)))
 
 
 @functools.cache
@@ -70,14 +83,32 @@ def power_of_two(size: int, least: int = 16) -> int:
 
 
 @functools.cache
-def attention_tiles(operation: str, head_dim: int, dtype_bits: int, arch: str) -> Tiles:
-    """Tiles for ``operation`` ("attention_forward" or "attention_backward") at the larger of the two head dims."""
+def attention_tiles(operation: str, head_dim: int, dtype_bits: int, arch: str, masked: bool = False) -> Tiles:
+    """Tiles for ``operation``, a key of the tables, at the larger of the two head dims.
+
+    A mask takes shared memory and registers of its own: a row's "masked" says what to change for it.
+    """
     if arch == INTERPRETER:
         # Small, so that small test shapes still cross tile borders.
-        return Tiles(rows=32, columns=16, num_warps=1, num_stages=1)
+        rows = DECODE_ROWS if operation == "attention_decode" else 32
+        return Tiles(rows, columns=16, num_warps=1, num_stages=1)
     rows = [row for row in table(arch)[operation] if row["dtype_bits"] == dtype_bits]
-    row = next(row for row in sorted(rows, key=lambda r: r["head_dim"]) if row["head_dim"] >= head_dim)
-    return Tiles(row["BLOCK_M"], row["BLOCK_N"], row["num_warps"], row["num_stages"])
+    row = min((row for row in rows if row["head_dim"] >= head_dim), key=lambda row: row["head_dim"])
+    row = row | row.get("masked", {}) if masked else row
+    options = {name: row[name] for name in ("persistent", "descriptors", "specialize") if name in row}
+    return Tiles(row["BLOCK_M"], row["BLOCK_N"], row["num_warps"], row["num_stages"], **options)
+
+
+def decode_splits(device: Device, programs: int, rows: int, group: int, blocks: int) -> int:
+    """Among how many programs to split ``blocks`` tiles of keys, for ``rows`` queries of ``group`` heads packed.
+
+    ``programs`` is how many there would be unsplit. 0 is for the plain kernel: too many rows for a packed tile, or the
+    device is full without splits and there is no group that could share its keys.
+    """
+    if rows > DECODE_ROWS:
+        return 0
+    splits = max(1, min(2 * device.multiprocessors // programs, blocks // 2))
+    return splits if splits > 1 or group > 1 else 0
 
 
 def pointwise_tiles(rows: int, hidden: int) -> Tiles:

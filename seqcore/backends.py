@@ -40,7 +40,11 @@ TRITON_FEATURES = {
         "packed input", "lengths", "reset", "proj_size", "blocks", "grad_clip", "recompute", "return_cells",
         "a cell of one's own", "a cell without reference_backward",
     },
-    "attention": {"causal top_left", "causal lower_right", "mask", "mask with causal", "grouped heads", "log-sum-exp"},
+    "attention": {
+        "causal top_left", "causal lower_right", "mask", "mask with causal", "mask with gradient", "grouped heads",
+        "log-sum-exp", "weights", "dropout", "dropout_seed", "window", "alibi_slopes", "sinks", "query_lengths",
+        "key_lengths", "cu_seqlens_q", "softcap",
+    },
 }
 ATEN_FEATURES = {
     "recurrence": {"packed input", "proj_size"},
@@ -276,7 +280,7 @@ def _notes(request: Request, chosen: str | None, automatic: bool) -> dict[str, s
         if automatic and request.device.arch == INTERPRETER:
             triton += ", interpreted, but only when asked for by name"
         elif not tuning.is_measured(request.device.arch):
-            triton += f", unmeasured here: no tuned table for {request.device.arch}"
+            triton += f", unmeasured here: no table was measured on {request.device.arch}"
     return {
         "triton": triton if triton != "can serve" or chosen == "triton" else "can serve; not known to be faster here",
         "aten": aten or "can serve",

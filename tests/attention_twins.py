@@ -1,14 +1,19 @@
-"""Torch's attention as the yardstick: outputs, log-sum-exp and gradients, by name, from torch and from seqcore."""
+"""Yardsticks, torch's attention and the reference: outputs, log-sum-exp and gradients, by name, of whatever attends."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqcore import functional
+from seqcore.autograd.attention import Settings
 from seqcore.testing.budget import assert_within_budget
 
 Results = dict[str, Tensor]
+OUTPUTS = ("out", "lse", "weights")
+INPUTS = ("query", "key", "value", "attn_mask")
 
 
 def qkv(
@@ -31,15 +36,81 @@ def cotangents(outputs: list[Tensor]) -> list[Tensor]:
     return [(torch.randint(-8, 9, out.shape, generator=generator) / 8).to(out) for out in outputs]
 
 
-def results(function: Callable, *inputs: Tensor, weigh: tuple[str, ...] = ("out", "lse"), **options) -> Results:
-    """out, and lse if ``function`` returns it, and each input's gradient of a fixed weighing of those in ``weigh``."""
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    outputs = function(*leaves, **options)
-    outputs = dict(zip(("out", "lse"), outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
+def results(function: Callable, *inputs: Tensor, weigh: tuple[str, ...] = OUTPUTS, **options) -> Results:
+    """What ``function`` returns of ``OUTPUTS``, and the gradients of a fixed weighing of those in ``weigh``.
+
+    Of each input, and of each option that requires one.
+    """
+    learned = {name: t for name, t in options.items() if isinstance(t, Tensor) and t.requires_grad}
+    leaves = dict(zip(INPUTS, inputs, strict=False)) | learned
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+    options = options | {name: leaves[name] for name in learned}
+    outputs = function(*[leaves[name] for name in INPUTS[: len(inputs)]], **options)
+    outputs = dict(zip(OUTPUTS, outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
     weighed = [outputs[name] for name in weigh if name in outputs]
-    gradients = torch.autograd.grad(weighed, leaves, cotangents(weighed), materialize_grads=True)
-    names = ("query", "key", "value", "attn_mask")
-    return outputs | {f"gradient of {name}": g for name, g in zip(names, gradients, strict=False)}
+    gradients = torch.autograd.grad(weighed, list(leaves.values()), cotangents(weighed), materialize_grads=True)
+    return outputs | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def kernels(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options):
+    """seqcore's attention by its kernels; with the log-sum-exp."""
+    return functional.attention(query, key, value, attn_mask=attn_mask, return_lse=True, backend="triton", **options)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options):
+    """seqcore's attention in plain PyTorch; with the log-sum-exp."""
+    return functional.attention(query, key, value, attn_mask=attn_mask, return_lse=True, backend="reference", **options)
+
+
+def features(B: int, H: int, M: int, N: int, **options) -> dict[str, dict[str, Any]]:
+    """Options by name: each of attention's features, and all together; tensors are made with ``options``."""
+    slopes = torch.linspace(-0.1, 0.5, H, **options)
+    sinks = torch.linspace(-1, 2, H, **options).requires_grad_()
+    lengths = {
+        "query_lengths": torch.linspace(M, M // 2, B).long(), "key_lengths": torch.linspace(N // 2, N, B).long()
+    }  # fmt: skip
+    dropout = {"dropout_p": 0.3, "dropout_seed": torch.tensor([7])}
+    bias = torch.randn(1, H, M, N, **options).requires_grad_()
+    window = {"window": (N // 2, 2), "causal": "lower_right"}
+    return {
+        "plain": {},
+        "top_left": {"causal": "top_left"},
+        "lower_right": {"causal": "lower_right"},
+        "window": {"window": (N // 2, 1)},
+        "softcap": {"softcap": 1.5},
+        "alibi": {"alibi_slopes": slopes},
+        "sinks": {"sinks": sinks},
+        "lengths": lengths,
+        "dropout": dropout,
+        "bool mask": {"attn_mask": torch.rand(B, 1, M, N) < 0.7},
+        "additive mask": {"attn_mask": bias},
+        "everything": {
+            "softcap": 1.5, "alibi_slopes": slopes, "sinks": sinks, "attn_mask": bias, **window, **dropout, **lengths
+        },
+    }  # fmt: skip
+
+
+FEATURES = tuple(features(2, 2, 2, 2))
+
+
+def ends(*lengths: int) -> Tensor:
+    """cu_seqlens of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def operands(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float = 0.6, **options
+) -> tuple[Settings, tuple[Tensor | None, ...]]:
+    """The same call as the operators and Functions take it: settings, and all tensors."""
+    left, right = options.get("window", (None, None))
+    packed = "cu_seqlens_q" in options
+    lengths = ("cu_seqlens_q", "cu_seqlens_k") if packed else ("query_lengths", "key_lengths")
+    names = ("attn_mask", "alibi_slopes", "sinks", *lengths, "dropout_seed")
+    settings = Settings(
+        packed, options.get("causal") or "none", left, right, scale, options.get("softcap", 0.0),
+        options.get("dropout_p", 0.0),
+    )  # fmt: skip
+    return settings, (query, key, value, *map(options.get, names))
 
 
 def torch_attention(
@@ -91,19 +162,34 @@ def assert_within(actual: Results, exact: Results, eager: Results) -> None:
         assert_within_budget(value, exact[name], eager[name], name)
 
 
-def assert_like_torch(
-    function: Callable, *inputs: Tensor, weigh: tuple[str, ...] = ("out", "lse"), **options
-) -> Results:
+def assert_like_torch(function: Callable, *inputs: Tensor, weigh: tuple[str, ...] = OUTPUTS, **options) -> Results:
     """``function`` does what torch does with the same arguments, as exactly as torch does it in that precision."""
+    return _assert_like(torch_attention, function, *inputs, weigh=weigh, **options)
+
+
+def assert_like_reference(*inputs: Tensor, weigh: tuple[str, ...] = OUTPUTS, **options) -> Results:
+    """The kernels do what the reference does, as exactly as it does that in this precision."""
+    options = {name: beside(value, inputs[0].device) for name, value in options.items()} | {"enable_gqa": True}
+    return _assert_like(reference, kernels, *inputs, weigh=weigh, **options)
+
+
+def _assert_like(yardstick: Callable, function: Callable, *inputs: Tensor, weigh: tuple[str, ...], **options):
     actual = results(function, *inputs, weigh=weigh, **options)
-    eager = results(torch_attention, *inputs, weigh=weigh, **options)
+    eager = results(yardstick, *inputs, weigh=weigh, **options)
     inputs, options = [doubled(t) for t in inputs], {name: doubled(value) for name, value in options.items()}
-    exact = results(torch_attention, *inputs, weigh=weigh, **options)
+    exact = results(yardstick, *inputs, weigh=weigh, **options)
     for name, value in actual.items():
         assert_within_budget(value, exact[name], eager[name], name)
     return actual
 
 
-def doubled(value):
-    """A floating-point tensor in float64; anything else as it is."""
-    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def beside(value: Any, device: torch.device) -> Any:
+    """A tensor on ``device``, to be differentiated by if it was; anything else as it is."""
+    return value.detach().to(device).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def doubled(value: Any) -> Any:
+    """A floating-point tensor in float64, to be differentiated by if it was; anything else as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)

@@ -7,7 +7,7 @@ from torch import nn
 import seqcore
 from seqcore import functional
 
-from .attention_twins import assert_equal_in_float64, qkv, results
+from .attention_twins import assert_equal_in_float64, ends, qkv, results
 
 # Dynamo makes an instance of an autograd Function for itself, of which torch's own eager mode warns.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -41,18 +41,28 @@ def operators(graphs):
 
 
 MASK = torch.linspace(-3, 3, M * N, **DOUBLE).reshape(M, N)
+VECTORS = {"sinks": torch.linspace(-1, 1, H, **DOUBLE), "alibi_slopes": torch.linspace(0, 1, H, **DOUBLE)}
+LENGTHS = {"query_lengths": torch.tensor([3, 5]), "key_lengths": torch.tensor([7, 2])}
 ON_THE_OPERATOR = {
     "plain": {},
     "causal": {"causal": "top_left", "scale": 0.3},
     "bool mask": {"attn_mask": MASK < 1, "return_lse": True},
     "additive mask": {"attn_mask": MASK, "causal": "lower_right"},
     "groups": {"enable_gqa": True},
-}
-ON_THE_REFERENCE = {
     "window": {"window": (2, 1), "softcap": 3.0},
-    "lengths": {"query_lengths": torch.tensor([3, 5]), "key_lengths": torch.tensor([7, 2]), "causal": "lower_right"},
-    "vectors": {"sinks": torch.zeros(H, **DOUBLE), "alibi_slopes": torch.ones(H, **DOUBLE)},
+    "lengths": {**LENGTHS, "causal": "lower_right"},
+    "vectors": VECTORS,
+    "gradients of sinks": {"sinks": VECTORS["sinks"].clone().requires_grad_()},
+    "gradient of the mask": {"attn_mask": MASK.clone().requires_grad_(), "return_lse": True},
+    "gradient of a broadcast mask": {"attn_mask": torch.randn(H, M, 1, **DOUBLE).requires_grad_()},
     "dropout": {"dropout_p": 0.5, "dropout_seed": 3},
+    "weights": {"return_lse": True, "return_weights": "average", **VECTORS},
+    "everything": {
+        **VECTORS, **LENGTHS, "window": (3, None), "causal": "lower_right", "softcap": 2.0, "dropout_p": 0.3,
+        "dropout_seed": 3, "attn_mask": MASK.clone().requires_grad_(), "return_lse": True, "enable_gqa": True,
+    },
+}  # fmt: skip
+ON_THE_REFERENCE = {
     "named": {"backend": "reference", "return_lse": True},
 }
 
@@ -136,6 +146,14 @@ def test_a_transformer_layer_compiles_whole():
         with torch.no_grad():
             torch.testing.assert_close(compiled(layer, graphs)(x), layer(x))
     assert operators(graphs) == 2
+
+
+def test_packed_sequences_compile_whole():
+    inputs, graphs = qkv(H, heads_kv=2, M=M, N=N, **DOUBLE), []
+    options = {"cu_seqlens_q": ends(2, 0, 3), "cu_seqlens_k": ends(3, 2, 2), "causal": "top_left", "enable_gqa": True}
+    actual = results(compiled(functional.attention, graphs), *inputs, **options)
+    assert_equal_in_float64(actual, results(functional.attention, *inputs, **options))
+    assert len(graphs) == 1 and operators(graphs) == 1
 
 
 def test_one_compile_serves_every_length():

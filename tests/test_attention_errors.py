@@ -78,6 +78,7 @@ OPTIONS = {
     "slopes list": ({"alibi_slopes": [1.0] * H}, r"alibi_slopes must be a Tensor of shape \[4\], got list"),
     "sinks dtype": ({"sinks": torch.zeros(H, dtype=torch.int64)}, "sinks must be floating point, got torch.int64"),
     "sinks device": ({"sinks": torch.zeros(H, **META)}, "sinks must be on the query's device cpu, got meta"),
+    "return_weights": ({"return_weights": True}, "return_weights must be None, 'average' or 'per_head', got True"),
     "lengths shape": ({"key_lengths": INTEGERS[:1]}, r"key_lengths must be a Tensor of shape \[2\], got \[1\]"),
     "lengths dtype": ({"query_lengths": torch.zeros(B)}, "query_lengths must be integers, got torch.float32"),
     "lengths bool": ({"query_lengths": INTEGERS > 3}, "query_lengths must be integers, got torch.bool"),
@@ -95,6 +96,7 @@ ENDS = {"cu_seqlens_q": torch.tensor([0, 3, M]), "cu_seqlens_k": torch.tensor([0
 SEQUENCES = {
     "one of them": ({"cu_seqlens_k": None}, "cu_seqlens_q and cu_seqlens_k go together, got only one of them"),
     "lengths too": ({"key_lengths": INTEGERS}, "cu_seqlens and lengths exclude each other"),
+    "weights": ({"return_weights": "average"}, "return_weights='average' does not go with cu_seqlens"),
     "rank": ({"key": QKV[1]}, r"must be \[H, M, D\], .*, got \[4, 5, 6\], \[2, 4, 7, 6\] and \[4, 7, 6\]"),
     "list": ({"cu_seqlens_q": [0, 3, M]}, r"Tensors of shape \[S \+ 1\] for S >= 1 sequences, got list and \[3\]"),
     "number": ({"cu_seqlens_q": torch.tensor(M)}, r"for S >= 1 sequences, got \[\] and \[3\]"),

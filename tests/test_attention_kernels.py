@@ -5,21 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from seqcore import functional
-from seqcore.kernels import tuning
-from seqcore.kernels.tuning import Tiles
-from seqcore.reference.attention import attention as reference
 from seqcore.testing.budget import assert_within_budget
 
-from .attention_twins import assert_like_torch, assert_within, doubled, qkv, results
+from .attention_twins import assert_like_torch, assert_within, doubled, kernels, operands, qkv, reference, results
 
 pytestmark = pytest.mark.kernels
 
 INFINITY = float("inf")
 GRADIENTS = ("gradient of query", "gradient of key", "gradient of value")
-
-
-def kernels(query, key, value, attn_mask=None, **options):
-    return functional.attention(query, key, value, attn_mask=attn_mask, return_lse=True, backend="triton", **options)
 
 
 # Heads, M, N, D, DV. With one query or key the errors of a whole head hang on one rounding: many heads even it out.
@@ -28,15 +21,12 @@ SHAPES = [
     (16, 1, 33, 20, 20),
     (16, 70, 1, 3, 3),
     (2, 5, 17, 3, 3),
-    (2, 17, 5, 20, 20),
     (2, 45, 70, 20, 64),
     (2, 70, 45, 64, 20),
     (2, 32, 16, 16, 16),
-    (2, 17, 33, 96, 96),
     (2, 5, 17, 256, 256),
     (2, 17, 21, 1, 64),
     (2, 9, 21, 256, 1),
-    (2, 9, 33, 20, 256),
 ]
 
 
@@ -116,7 +106,7 @@ def test_strides_of_the_outputs_gradient(layout, device):
 
 
 @pytest.mark.parametrize("causal", ["top_left", "lower_right"])
-@pytest.mark.parametrize("m, n", [(45, 70), (70, 45), (33, 33), (2, 40), (40, 1), (40, 57)])
+@pytest.mark.parametrize("m, n", [(45, 70), (70, 45), (33, 33), (2, 40)])
 def test_causal(m, n, causal, kernel_dtype, device):
     assert_like_torch(kernels, *qkv(1, 1, M=m, N=n, D=8, dtype=kernel_dtype, device=device), causal=causal)
 
@@ -134,9 +124,8 @@ def additive_mask(*shape):
 
 
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
-@pytest.mark.parametrize("mask", [bool_mask, additive_mask])
-def test_masks_broadcast_over_any_dimension(mask, shape, device):
-    mask = mask(*shape).to(device)
+def test_masks_broadcast_over_any_dimension(shape, device):
+    mask = bool_mask(*shape).to(device)
     assert_like_torch(kernels, *qkv(B, H, M=M, N=N, device=device), attn_mask=torch.atleast_2d(mask))
     if mask.dim() == 1:
         inputs = qkv(1, 1, M=M, N=N, device=device)
@@ -153,7 +142,8 @@ def test_masks_with_causality(mask, causal, kernel_dtype, device):
 
 
 def test_a_float32_mask_with_queries_of_another_dtype(kernel_dtype, device):
-    mask = additive_mask(B, 1, M, N).to(device)
+    """PyTorch issue 191612: read as half, of which 1e6 is beyond the range, it gives other results or none."""
+    mask = (additive_mask(B, 1, M, N) + torch.where(torch.arange(M) % 2 == 1, 1e6, 0)[:, None]).to(device)
     assert_like_torch(kernels, *qkv(B, H, M=M, N=N, dtype=kernel_dtype, device=device), attn_mask=mask)
 
 
@@ -200,6 +190,14 @@ def test_a_log_sum_exp_far_from_zero(shift, device):
     assert_like_torch(kernels, *qkv(B, H, M=M, N=N, device=device), attn_mask=mask)
 
 
+def test_a_log_sum_exp_far_from_zero_with_a_tile_half_full(kernel_dtype, device):
+    """PyTorch issue 196678: NaN gradients of queries behind a mask, where lengths modulo 128 are 64."""
+    mask = torch.where(bool_mask(192, 192), -1e4, -2e4).to(device)
+    inputs = qkv(1, 1, M=192, N=192, D=4, dtype=kernel_dtype, device=device)
+    found = assert_like_torch(kernels, *inputs, attn_mask=mask)
+    assert (found["lse"] < -9e3).all() and found["gradient of query"].any()
+
+
 def test_logits_that_would_overflow_without_the_running_maximum(kernel_dtype, device):
     query, key, value = qkv(B, H, M=M, N=N, D=20, dtype=kernel_dtype, device=device)
     assert_like_torch(kernels, query * 10, key * 10, value)
@@ -228,51 +226,10 @@ def test_double_backward_follows_the_kernels(device):
     assert_within(penalty(kernels, leaves), exact, eager)
 
 
-@pytest.mark.parametrize("rows, columns", [(16, 16), (16, 64), (64, 16), (128, 32)])
-@pytest.mark.parametrize("causal", [None, "lower_right"])
-def test_any_tiles_will_do(rows, columns, causal, device, monkeypatch):
-    monkeypatch.setattr(tuning, "attention_tiles", lambda *_: Tiles(rows, columns, num_warps=4, num_stages=2))
-    inputs = qkv(1, 2, heads_kv=1, M=45, N=70, D=20, device=device)
-    assert_like_torch(kernels, *inputs, causal=causal, enable_gqa=True, attn_mask=bool_mask(45, 70).to(device))
-
-
 def test_repeats_are_bitwise_equal(kernel_dtype, device):
     inputs = qkv(1, 4, heads_kv=2, M=45, N=37, D=20, dtype=kernel_dtype, device=device)
     first, second = (results(kernels, *inputs, causal="top_left", enable_gqa=True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-GUARD = 64
-
-
-def guarded(tensor, buffers):
-    """``tensor`` in the middle of a buffer of NaN, which is appended to ``buffers``."""
-    buffer = torch.full((tensor.numel() + 2 * GUARD,), float("nan"), dtype=tensor.dtype, device=tensor.device)
-    buffers.append(buffer)
-    return buffer[GUARD:-GUARD].view(tensor.shape).copy_(tensor)
-
-
-@pytest.mark.parametrize("causal", [None, "top_left"])
-def test_nothing_is_read_or_written_beside_the_tensors(causal, device, monkeypatch):
-    inputs, mask = qkv(1, 2, M=17, N=21, D=6, DV=5, device=device), additive_mask(17, 21).to(device)
-    expected = results(kernels, *inputs, attn_mask=mask, causal=causal)
-    buffers, empty = [], torch.empty
-    inputs, mask = [guarded(t, buffers) for t in inputs], guarded(mask, buffers)
-    inside = len(buffers)
-
-    def guarded_empty(*size, **options):
-        return guarded(empty(*size, **options), buffers)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", guarded_empty)
-        patch.setattr(torch, "empty_like", lambda t: guarded_empty(t.shape, dtype=t.dtype, device=t.device))
-        found = results(kernels, *inputs, attn_mask=mask, causal=causal)
-
-    # out, lse, delta, dq, dk and dv were made by the operators.
-    assert len(buffers) - inside >= 6
-    for buffer in buffers:
-        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -291,5 +248,6 @@ def test_scaled_dot_product_attention_is_torchs(options, kernel_dtype, device):
 
 def test_a_head_dim_above_the_limit_is_refused_by_the_operator_too(device):
     query, key, value = qkv(1, 1, D=257, device=device)
+    settings, tensors = operands(query, key, value)
     with pytest.raises(NotImplementedError, match="at most 256, got 257"):
-        torch.ops.seqcore.attention_forward(query, key, value, None, "none", 1.0)
+        torch.ops.seqcore.attention_forward(*tensors, *settings)

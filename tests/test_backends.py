@@ -161,9 +161,9 @@ def test_compiled_code_follows_a_change_of_context():
     assert len(graphs) == 3
 
 
-# What the kernels do not have yet, by the name they refuse it under.
+# What torch's attention has not, by the name it refuses it under.
 LENGTHS, ENDS = torch.tensor([3, 5]), torch.tensor([0, 3, 5])
-UNSERVED = {
+EXTRA = {
     "window": ({"window": (1, 2)}, {}),
     "softcap": ({"softcap": 2.0}, {}),
     "sinks": ({"sinks": torch.zeros(H)}, {}),
@@ -171,9 +171,15 @@ UNSERVED = {
     "query_lengths": ({"query_lengths": LENGTHS}, {}),
     "key_lengths": ({"key_lengths": LENGTHS}, {}),
     "cu_seqlens_q": ({"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS}, {"lead": (H,), "N": M}),
-    "dropout": ({"dropout_p": 0.5}, {}),
     "dropout_seed": ({"dropout_p": 0.5, "dropout_seed": 3}, {}),
-    "mask with gradient": ({"attn_mask": torch.zeros(M, N, requires_grad=True)}, {}),
+    "log-sum-exp": ({"return_lse": True}, {}),
+    "causal lower_right": ({"causal": "lower_right"}, {}),
+    "weights": ({"return_weights": "average"}, {}),
+    "mask with causal": ({"attn_mask": torch.zeros(M, N), "causal": "top_left"}, {}),
+}
+# What the kernels have not.
+UNSERVED = {
+    "alibi_slopes with gradient": ({"alibi_slopes": torch.ones(H, requires_grad=True)}, {}),
     "head dims up to 256, got 257": ({}, {"D": 257}),
     "float32, float16 or bfloat16, got torch.float64": ({}, {"dtype": torch.float64}),
 }
@@ -199,39 +205,38 @@ def test_triton_refuses_what_no_kernel_has(name, device):
 def test_auto_serves_what_no_kernel_has(name):
     inputs, options = problem(*UNSERVED[name])
     out = functional.attention(*inputs, **options)
-    if name != "dropout":
-        torch.testing.assert_close(out, functional.attention(*inputs, **options, backend="reference"))
+    torch.testing.assert_close(out, functional.attention(*inputs, **options, backend="reference"))
     (explanation,) = seqcore.explain(functional.attention, *inputs, **options, device=Device("sm_90"))
     assert name in explanation.notes["triton"]
     assert explanation.chosen in ("aten", "reference")
 
 
-@pytest.mark.parametrize("name", ["window", "softcap", "sinks", "alibi_slopes", "key_lengths", "dropout_seed"])
-def test_aten_refuses_what_torch_has_not(name):
-    inputs, options = problem(*UNSERVED[name])
+@pytest.mark.parametrize("name", EXTRA)
+def test_what_torch_has_not_the_kernels_have(name):
+    inputs, options = problem(*EXTRA[name])
     with pytest.raises(UnsupportedInput, match=f"torch's attention has no {name}"):
-        functional.attention(*inputs, **options, backend="aten")
-
-
-@pytest.mark.parametrize("options", [{"return_lse": True}, {"causal": "lower_right"}], ids=["lse", "lower_right"])
-def test_aten_refuses_what_only_the_kernels_have(options):
-    inputs = qkv(B, H)
-    with pytest.raises(UnsupportedInput, match=r"torch's attention has no (log-sum-exp|causal lower_right)"):
         functional.attention(*inputs, **options, backend="aten")
     assert chosen(*inputs, **options) == "reference"
     assert chosen(*inputs, **options, device=Device("sm_90")) == "triton"
 
 
+def test_slopes_that_no_gradient_is_asked_of_are_served():
+    inputs, options = problem(*UNSERVED["alibi_slopes with gradient"])
+    with torch.no_grad():
+        assert chosen(*inputs, **options, device=Device("sm_90")) == "triton"
+
+
 def test_refusals_say_what_was_asked_and_what_to_pass():
+    slopes = torch.ones(H, requires_grad=True)
     with pytest.raises(UnsupportedInput) as caught:
-        functional.attention(*qkv(B, H), window=(1, 1), backend="triton")
+        functional.attention(*qkv(B, H), alibi_slopes=slopes, backend="triton")
     said = str(caught.value)
     for part in (
         "backend 'triton' cannot serve this attention",
-        "no kernel has window yet",
+        "no kernel has alibi_slopes with gradient yet",
         "needs a GPU, got cpu tensors",
         "set TRITON_INTERPRET=1 before seqcore is imported",
-        "aten: torch's attention has no window",
+        "aten: torch's attention has no alibi_slopes",
         "reference: can",
         "Pass backend='auto'",
     ):
@@ -312,7 +317,7 @@ def test_explain_asks_for_a_gpu_that_is_not_here():
     model, x = Model(), torch.randn(B, M, D)
     explanations = seqcore.explain(model, x, device=Device("sm_90"))
     assert [e.request.device.arch for e in explanations] == ["sm_90"] * 3
-    assert explanations[2].chosen == "reference" and "no kernel has window" in explanations[2].notes["triton"]
+    assert explanations[2].chosen == "triton"
     assert "needs a GPU" not in str(explanations)
     old = seqcore.explain(model, x, device=Device("sm_70"))
     assert all("needs compute capability 8.0 or newer, got sm_70" in e.notes["triton"] for e in old)
@@ -321,7 +326,7 @@ def test_explain_asks_for_a_gpu_that_is_not_here():
 def test_explain_says_where_nothing_was_measured():
     (explanation,) = seqcore.explain(functional.attention, *qkv(B, H), device=Device("sm_123"))
     assert explanation.chosen == "aten"
-    assert "unmeasured here: no tuned table for sm_123" in explanation.notes["triton"]
+    assert "unmeasured here: no table was measured on sm_123" in explanation.notes["triton"]
 
 
 def test_explain_goes_on_after_a_backend_that_cannot_serve():

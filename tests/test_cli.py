@@ -8,7 +8,7 @@ import torch
 import seqcore
 from seqcore import cli, functional
 from seqcore.backends import INTERPRETED
-from seqcore.testing import cases, verify
+from seqcore.testing import verify
 
 
 def test_info_prints_what_each_backend_can_do(capsys):
@@ -33,9 +33,9 @@ def test_an_unknown_command_is_refused(capsys):
 
 def few_cases(monkeypatch):
     """Leave verify one recurrence and one attention, which is enough to see that it judges."""
-    recurrences, attentions = cases.recurrences, cases.attentions
-    monkeypatch.setattr(cases, "recurrences", lambda device: list(recurrences(device))[-1:])
-    monkeypatch.setattr(cases, "attentions", lambda device: list(attentions(device))[:1])
+    recurrences, attentions = verify.recurrences, verify.attentions
+    monkeypatch.setattr(verify, "recurrences", lambda device: list(recurrences(device))[-1:])
+    monkeypatch.setattr(verify, "attentions", lambda device: list(attentions(device))[:1])
 
 
 @pytest.mark.kernels

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from seqcore.reference.attention import attention, attention_weights, backward, dense_grid
+from seqcore.reference.attention import attention, dense_grid
 
-from .attention_twins import assert_equal_in_float64, cotangents, qkv, results, seen, torch_attention
+from .attention_twins import assert_equal_in_float64, cotangents, ends, qkv, results, seen, torch_attention
 
 DOUBLE = {"dtype": torch.float64}
 B, H, M, N = 3, 4, 5, 7
@@ -202,10 +202,6 @@ def test_lengths_of_one_side_only(name):
     )
 
 
-def starts(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0)
-
-
 @pytest.mark.parametrize("heads_kv", [1, 2])
 @pytest.mark.parametrize("options", POSITIONAL.values(), ids=POSITIONAL)
 def test_cu_seqlens_are_each_sequence_alone(options, heads_kv):
@@ -217,8 +213,8 @@ def test_cu_seqlens_are_each_sequence_alone(options, heads_kv):
         alone = [reference(*piece, **options) for piece in zip(*pieces, strict=True)]
         return torch.cat([out for out, _ in alone], 1), torch.cat([lse for _, lse in alone], 1)
 
-    ends = {"cu_seqlens_q": starts(lengths_q), "cu_seqlens_k": starts(lengths_k)}
-    assert_equal_in_float64(results(reference, *inputs, **ends, **options), results(each_alone, *inputs))
+    sequences = {"cu_seqlens_q": ends(*lengths_q), "cu_seqlens_k": ends(*lengths_k)}
+    assert_equal_in_float64(results(reference, *inputs, **sequences, **options), results(each_alone, *inputs))
 
 
 BLIND = {
@@ -290,9 +286,9 @@ def test_dropout_of_everything_gives_zeros_and_finite_gradients():
 
 def test_dropout_is_the_same_in_a_padded_batch_and_packed():
     lengths, options = [4, 2, 5], {"dropout_p": 0.5, "dropout_seed": SEED, "causal": "top_left"}
-    packed = attention(*qkv(2, M=11, N=11), cu_seqlens_q=starts(lengths), cu_seqlens_k=starts(lengths), **options)
+    packed = attention(*qkv(2, M=11, N=11), cu_seqlens_q=ends(*lengths), cu_seqlens_k=ends(*lengths), **options)
     padded = attention(*qkv(3, 2, M=5, N=5), query_lengths=torch.tensor(lengths), **options)
-    for batch, (begin, length) in enumerate(zip(starts(lengths).tolist(), lengths, strict=False)):
+    for batch, (begin, length) in enumerate(zip(ends(*lengths).tolist(), lengths, strict=False)):
         own = slice(begin, begin + length)
         assert torch.equal(packed.weights[:, own, own] != 0, padded.weights[batch, :, :length, :length] != 0)
 
@@ -320,34 +316,6 @@ def test_differentiable_twice_in_every_argument(check, options):
     assert check(function, [t.requires_grad_() for t in (*inputs, sinks, bias)])
 
 
-@pytest.mark.parametrize("weigh", [("out",), ("lse",), ("out", "lse")], ids=str)
-@pytest.mark.parametrize("mask", ["no mask", "bool", "additive"])
-@pytest.mark.parametrize("causal", [None, "top_left", "lower_right"])
-def test_backward_written_out_is_autograd(causal, mask, weigh):
-    inputs = qkv(B, H, heads_kv=2, M=7, N=5, DV=3, **DOUBLE)
-    attn_mask = None if mask == "no mask" else random_mask(mask, B, 1, 7, 5)
-    expected = results(reference, *inputs, weigh=weigh, attn_mask=attn_mask, causal=causal, scale=0.7)
-    found = {name: expected[name] for name in ("out", "lse")}
-    weights = dict(zip(weigh, cotangents([found[name] for name in weigh]), strict=True))
-    gradients = backward(weights.get("out"), weights.get("lse"), *inputs, attn_mask, found["out"], causal, 0.7)
-    names = ("query", "key", "value")
-    actual = found | {f"gradient of {name}": g for name, g in zip(names, gradients, strict=True)}
-    assert_equal_in_float64(actual, expected)
-
-
-@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.4, "dropout_seed": SEED}], ids=["", "dropout"])
-@pytest.mark.parametrize("causal", [None, "top_left"])
-def test_weights_alone(causal, dropout):
-    query, key, value = qkv(B, H, M=M, N=N, **DOUBLE)
-    mask = random_mask("additive", B, 1, M, N).index_fill(2, torch.tensor(2), -INFINITY)
-    _, lse, expected = attention(query, key, value, attn_mask=mask, causal=causal, **dropout)
-    weights = attention_weights(query, key, attn_mask=mask, causal=causal, **dropout)
-    assert torch.equal(weights, expected)
-    assert not weights[:, :, 2].any()
-    if not dropout:
-        torch.testing.assert_close(weights.sum(-1), (lse > -INFINITY).double())
-
-
 def test_half_precision_is_computed_in_float32():
     query, key, value = qkv(B, H, D=64, dtype=torch.float16)
     out, lse, weights = attention(query, key, value)
@@ -356,21 +324,20 @@ def test_half_precision_is_computed_in_float32():
     assert torch.equal(out, exact.out.half()) and torch.equal(lse, exact.lse) and torch.equal(weights, exact.weights)
 
 
-def test_autocast_around_it_changes_nothing():
-    query, key, value = qkv(B, H, dtype=torch.bfloat16)
-
-    def everything():
-        out, lse, weights = attention(query, key, value, causal="lower_right")
-        gradients = backward(out, lse, query, key, value, None, out, "lower_right", 0.7)
-        return out, lse, weights, attention_weights(query, key, attn_mask=None, causal=None), *gradients
-
-    expected = everything()
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = everything()
-    assert [t.dtype for t in actual] == [t.dtype for t in expected]
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
 def test_positions_count_the_batch_in_every_leading_dimension():
     grid = dense_grid((2, 3, H), M, N, torch.device("cpu"))
     assert torch.equal(grid.batch.flatten(), torch.arange(6))
+
+
+def test_nothing_in_the_padding_matters():
+    inputs = qkv(4, 2, M=5, N=7, **DOUBLE)
+    lengths = {"query_lengths": torch.tensor(LENGTHS_Q), "key_lengths": torch.tensor(LENGTHS_K)}
+    past_q = (torch.arange(5) >= lengths["query_lengths"][:, None])[:, None, :, None]
+    past_k = (torch.arange(7) >= lengths["key_lengths"][:, None])[:, None, :, None]
+
+    def filled(filling):
+        tensors = [t.masked_fill(past, filling) for t, past in zip(inputs, (past_q, past_k, past_k), strict=True)]
+        return results(reference, *tensors, **lengths)
+
+    found, expected = filled(float("nan")), filled(0.0)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

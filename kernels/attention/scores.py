@@ -1,99 +1,196 @@
-"""The score of a tile of queries against a tile of keys: scale, mask and causality, in one definition.
+"""The score of queries against keys, with every feature, in one definition; and what a pair's dropout decides.
 
 Scores are in base 2: the natural logit times log2(e), so that exp2 gives the probabilities. A pair that may not
-attend scores -inf, and so does everything outside the M x N rectangle.
+attend scores -inf, and so does everything outside a sequence's rectangle of rows and columns. All here is pointwise:
+what belongs to queries comes as [BLOCK_M, 1], what belongs to keys as [1, BLOCK_N], or the other way up for a tile
+that is transposed, and one definition serves both.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..activations import LOG2_E
+from ..activations import LOG2_E, tanh
 
 # An additive mask of finfo.min must stay finite in base 2, as it does in base e: the lowest float32 over log2(e).
 LOWEST: tl.constexpr = tl.constexpr(-2.358e38)
 
-NO_MASK: tl.constexpr = tl.constexpr(0)
-BOOL_MASK: tl.constexpr = tl.constexpr(1)
-ADDITIVE_MASK: tl.constexpr = tl.constexpr(2)
+
+class Features(NamedTuple):
+    """What makes a score out of a product; None is absent, and compiled out.
+
+    With the distance d = n - m - diagonal, a query sees keys of -left <= d <= right; causal is right = 0. The diagonal
+    is 0, or with ``lower_right`` columns - rows.
+    """
+
+    scale: Any
+    # The scale is.
+    positive: Any = None
+    softcap: Any = None
+    left: Any = None
+    right: Any = None
+    lower_right: Any = None
+    # bool (True may attend) or additive [B, H, M, N]; dimensions it is broadcast along have stride 0.
+    mask_ptr: Any = None
+    stride_mask_b: Any = None
+    stride_mask_h: Any = None
+    stride_mask_m: Any = None
+    stride_mask_n: Any = None
+    # [H] float32: ALiBi's slopes, and the logit of one more key a head, of value zero.
+    slopes_ptr: Any = None
+    sinks_ptr: Any = None
+    # int64: the key of the random numbers.
+    seed_ptr: Any = None
+    dropout: Any = None
+    # 1 / (1 - dropout)
+    kept_scale: Any = None
+
+
+class Queries(NamedTuple):
+    """What the scores of a tile need to know of its queries; a scalar if one head's, else shaped like ``m``."""
+
+    m: Any
+    # Which head of which sequence, counted through; its slope in base 2; where its row of the mask begins.
+    batch_head: Any
+    slope: Any
+    mask_ptrs: Any
+    # Of the sequence they belong to.
+    rows: Any
+    columns: Any
+    diagonal: Any
 
 
 @triton.jit
-def score_tile(
-    q,  # [BLOCK_M, BLOCK_D]
-    k,  # [BLOCK_N, BLOCK_D]
-    offs_m,  # [BLOCK_M] int32
-    offs_n,  # [BLOCK_N] int32
-    mask_ptr,  # at this batch and head
-    stride_mask_m,
-    stride_mask_n,
-    M,
-    N,
-    scale,
-    diagonal,
-    CAUSAL: tl.constexpr,
-    MASK_KIND: tl.constexpr,
-    EDGE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """log2(e) * (scale * q k^T + additive mask), -inf where query m may not see key n; [BLOCK_M, BLOCK_N] float32.
+def queries_of(m, place, head, H, features):
+    """The ``Queries`` at positions m of ``place``'s sequence; ``head`` may be one, or a tensor like m."""
+    # Triton 3.6 lets no function return None: what is absent is 0, and nobody asks for it.
+    slope, mask_ptrs = 0.0, 0
+    if features.slopes_ptr is not None:
+        slope = tl.load(features.slopes_ptr + head) * LOG2_E
+    if features.mask_ptr is not None:
+        # Offsets in int64: a mask of its own for each pair passes 2^31 elements at M = N = 46,341.
+        mask_ptrs = (
+            features.mask_ptr
+            + place.batch.to(tl.int64) * features.stride_mask_b
+            + head.to(tl.int64) * features.stride_mask_h
+            + (place.first_row + m).to(tl.int64) * features.stride_mask_m
+            + place.first_column.to(tl.int64) * features.stride_mask_n
+        )
+    batch_head = place.sequence * H + head
+    return Queries(m, batch_head, slope, mask_ptrs, place.rows, place.columns, diagonal_of(place, features))
 
-    Causal lets m see n <= m + diagonal: 0 aligns the top-left corners (torch's choice), N - M the lower-right ones.
-    EDGE is False for tiles known to lie inside the rectangle and below the diagonal, which then need no comparison.
+
+@triton.jit
+def diagonal_of(place, features):
+    """How many keys query 0 stands past key 0."""
+    diagonal = place.rows * 0
+    if features.lower_right is not None:
+        diagonal = place.columns - place.rows
+    return diagonal
+
+
+@triton.jit
+def scores(product, queries, n, features, EDGE: tl.constexpr):
+    """log2(e) times the logits of ``product`` = q k^T, and the slope of the softcap, by which gradients multiply.
+
+    EDGE is False for a tile known to lie inside the rectangle and the bounds, which then needs no comparison.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-    if MASK_KIND != NO_MASK:
-        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        # Offsets in int64: a broadcast-free mask passes 2^31 elements at M = N = 46,341.
-        ptrs = mask_ptr + offs_m.to(tl.int64)[:, None] * stride_mask_m + offs_n.to(tl.int64)[None, :] * stride_mask_n
-        if MASK_KIND == BOOL_MASK:
-            scores = tl.where(tl.load(ptrs, mask=inside, other=0) != 0, scores, float("-inf"))
+    slope = 1.0
+    if features.softcap is None:
+        logits = product * (features.scale * LOG2_E)
+    else:
+        capped = tanh(product * (features.scale / features.softcap))
+        logits = capped * (features.softcap * LOG2_E)
+        slope = 1.0 - capped * capped
+    if features.slopes_ptr is not None:
+        logits -= queries.slope * tl.abs(n - queries.m - queries.diagonal).to(tl.float32)
+    if features.mask_ptr is not None:
+        inside = (queries.m < queries.rows) & (n < queries.columns)
+        ptrs = queries.mask_ptrs + n.to(tl.int64) * features.stride_mask_n
+        if features.mask_ptr.dtype.element_ty == tl.int1:
+            logits = tl.where(tl.load(ptrs, mask=inside, other=0) != 0, logits, float("-inf"))
         else:
             bias = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-            scores += tl.where(bias == float("-inf"), bias, tl.maximum(bias, LOWEST) * LOG2_E)
+            logits += tl.where(bias == float("-inf"), bias, tl.maximum(bias, LOWEST) * LOG2_E)
     if EDGE:
-        visible = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        if CAUSAL:
-            visible = visible & (offs_n[None, :] <= offs_m[:, None] + diagonal)
-        scores = tl.where(visible, scores, float("-inf"))
-    return scores
+        logits = tl.where(may_attend(queries, n, features), logits, float("-inf"))
+    return logits, slope
 
 
 @triton.jit
-def split_program(rows, BLOCK: tl.constexpr):
-    """(batch * heads + head as int64, first row) of this program. One grid axis: the others end at 65,535 programs."""
-    blocks = tl.cdiv(rows, BLOCK)
-    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
+def may_attend(queries, n, features):
+    """Whether position alone lets each pair attend."""
+    visible = (queries.m < queries.rows) & (n < queries.columns)
+    if features.left is not None:
+        visible = visible & (n >= queries.m + queries.diagonal - features.left)
+    if features.right is not None:
+        visible = visible & (n <= queries.m + queries.diagonal + features.right)
+    return visible
 
 
 @triton.jit
-def load_rows(ptr, offs_row, rows, stride_row, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Rows of a matrix whose columns are contiguous, zero past either end; [len(offs_row), BLOCK_COLUMNS]."""
-    offs_column = tl.arange(0, BLOCK_COLUMNS)
-    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_column[None, :]
-    mask = (offs_row < rows)[:, None]
-    if COLUMNS != BLOCK_COLUMNS:
-        mask = mask & (offs_column < COLUMNS)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0)
+def dropout_keeps(queries, start_n, features, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Which pairs dropout keeps, by Philox at (n / 4, m, batch_head, 0), of whose four words pair n takes the n % 4th.
 
-
-@triton.jit
-def store_rows(ptr, tile, offs_row, rows, stride_row, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    offs_column = tl.arange(0, BLOCK_COLUMNS)
-    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_column[None, :]
-    mask = (offs_row < rows)[:, None]
-    if COLUMNS != BLOCK_COLUMNS:
-        mask = mask & (offs_column < COLUMNS)[None, :]
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def visible_keys(start_m, M, N, diagonal, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For one block of queries: where whole unmasked key tiles end, and where visible keys end."""
-    if CAUSAL:
-        end = tl.minimum(N, tl.maximum(0, tl.minimum(start_m + BLOCK_M, M) + diagonal))
-        # The first query of the block sees the fewest keys; every tile below that needs no comparison.
-        full = tl.minimum(N, tl.maximum(0, start_m + diagonal + 1)) // BLOCK_N * BLOCK_N
+    The answer hangs on the pair alone, not on tiles. Source: Salmon et al. (2011), as in ``triton.language.random``.
+    """
+    seed = tl.load(features.seed_ptr)
+    quarter = start_n // 4 + tl.arange(0, BLOCK_N // 4)
+    quarter = quarter[:, None] if TRANSPOSED else quarter[None, :]
+    nothing = queries.m * 0 + quarter * 0
+    a, b, c, d = tl.philox(seed, nothing + quarter, nothing + queries.m, nothing + queries.batch_head, nothing)
+    a, b = tl.uint_to_uniform_float(a) >= features.dropout, tl.uint_to_uniform_float(b) >= features.dropout
+    c, d = tl.uint_to_uniform_float(c) >= features.dropout, tl.uint_to_uniform_float(d) >= features.dropout
+    # Side by side, so that element 2 i + j of the last two dimensions is the (2 i + j)th word.
+    four = tl.join(tl.join(a, c), tl.join(b, d))
+    if TRANSPOSED:
+        kept = tl.reshape(tl.permute(four, (0, 2, 3, 1)), (BLOCK_N, four.shape[1]))
     else:
-        end = N
-        full = N // BLOCK_N * BLOCK_N
-    return full, end
+        kept = tl.reshape(four, (four.shape[0], BLOCK_N))
+    return kept
+
+
+@triton.jit
+def visible_keys(place, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For one tile of queries: where visible keys begin, where whole tiles all of them see begin and end, and the end.
+
+    With a left bound no tile is taken for whole: few are, and a third loop would cost more than comparisons do.
+    """
+    last = tl.minimum(place.start + BLOCK_M, place.rows) - 1
+    diagonal = diagonal_of(place, features)
+    begin, end = place.rows * 0, place.columns
+    if features.left is not None:
+        begin = tl.maximum(0, place.start + diagonal - features.left) // BLOCK_N * BLOCK_N
+    if features.right is not None:
+        end = tl.minimum(end, tl.maximum(0, last + diagonal + features.right + 1))
+    # Past the sequence's own queries there is nothing to attend for.
+    if place.start >= place.rows:
+        end = begin
+    whole = end // BLOCK_N * BLOCK_N
+    if features.right is not None:
+        # The first query of the tile sees the fewest keys.
+        first_sees = tl.maximum(0, place.start + diagonal + features.right + 1)
+        whole = tl.minimum(whole, first_sees // BLOCK_N * BLOCK_N)
+    if features.left is not None:
+        whole = begin
+    return begin, whole, end
+
+
+@triton.jit
+def seeing_queries(place, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For one tile of keys: where queries begin that see any, where those that see all of them begin, and the end."""
+    last = tl.minimum(place.start + BLOCK_N, place.columns) - 1
+    diagonal = diagonal_of(place, features)
+    begin, end = place.rows * 0, place.rows
+    whole = begin
+    if features.left is not None:
+        end = tl.minimum(end, tl.maximum(0, last - diagonal + features.left + 1))
+    if features.right is not None:
+        begin = tl.maximum(0, place.start - diagonal - features.right) // BLOCK_M * BLOCK_M
+        whole = tl.cdiv(tl.maximum(0, place.start + BLOCK_N - 1 - diagonal - features.right), BLOCK_M) * BLOCK_M
+    if place.start >= place.columns:
+        end = begin
+    if features.left is not None:
+        whole = end
+    return begin, tl.minimum(whole, end), end

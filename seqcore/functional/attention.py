@@ -4,6 +4,8 @@ Shapes: B batch, H query heads, H_kv key heads, M queries, N keys, D head dim, D
 means stands as one formula in ``seqcore/reference/attention.py``.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,8 +80,9 @@ def attention(
     dropout_seed: int | Tensor | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    return_weights: str | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`scaled_dot_product_attention` with everything else: any options together, on the backend that has them.
 
     Args:
@@ -95,9 +98,11 @@ def attention(
         dropout_p: probability of dropping a weight.
         dropout_seed: makes the dropout repeatable; drawn from torch's generator by default. Not for "aten".
         return_lse: also return the natural log-sum-exp of the scores, [*, H, M] float32 or better, differentiable.
+        return_weights: also return the weights in out's dtype: "average", [*, M, N], their mean over heads, made
+            without a matrix of each head; or "per_head", [*, H, M, N], in plain PyTorch. Not with cu_seqlens.
 
     Returns:
-        out [*, H, M, DV], zeros for queries that may see no key; with ``return_lse`` also lse, -inf for those.
+        out [*, H, M, DV], zeros for queries that may see no key; then what was asked for: lse, -inf for those; weights.
 
     Raises:
         InvalidInput: for wrong ranks, sizes, dtypes, devices or combinations.
@@ -105,22 +110,22 @@ def attention(
     """
     problem = check_attention(
         query, key, value, attn_mask, causal, scale, window, softcap, alibi_slopes, sinks, query_lengths, key_lengths,
-        cu_seqlens_q, cu_seqlens_k, dropout_p, dropout_seed, enable_gqa,
+        cu_seqlens_q, cu_seqlens_k, dropout_p, dropout_seed, enable_gqa, return_weights,
     )  # fmt: skip
-    chosen = backends.choose(_request(problem, return_lse), backend)
+    chosen = backends.choose(_request(problem, return_lse, return_weights), backend)
     if chosen == "aten":
         return F.scaled_dot_product_attention(
             query, key, value, problem.mask, dropout_p, causal is not None, scale=problem.scale, enable_gqa=enable_gqa
         )
-    if chosen == "triton":
-        out, lse = _triton(problem)
-    else:
-        out, lse = _reference(problem)
-    return (out, lse) if return_lse else out
+    if problem.options["dropout_p"] and problem.options["dropout_seed"] is None:
+        problem.options["dropout_seed"] = torch.randint(2**62, (1,), device=query.device)
+    out, lse, weights = (_triton if chosen == "triton" else _reference)(problem, return_weights)
+    found = (out, *((lse,) if return_lse else ()), *((weights.to(out.dtype),) if return_weights else ()))
+    return found if len(found) > 1 else out
 
 
-def _request(problem: Problem, return_lse: bool) -> backends.Request:
-    mask = problem.mask
+def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> backends.Request:
+    mask, slopes = problem.mask, problem.options["alibi_slopes"]
     features = {
         "causal top_left": problem.causal == "top_left",
         "causal lower_right": problem.causal == "lower_right",
@@ -129,6 +134,8 @@ def _request(problem: Problem, return_lse: bool) -> backends.Request:
         "mask with gradient": mask is not None and mask.requires_grad and torch.is_grad_enabled(),
         "grouped heads": problem.grouped,
         "log-sum-exp": return_lse,
+        "weights": return_weights is not None,
+        "alibi_slopes with gradient": slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),
         "dropout": problem.options["dropout_p"] > 0,
         "dropout_seed": problem.seeded,
         **{name: problem.options[name] is not None for name in ("window", "alibi_slopes", "sinks")},
@@ -146,31 +153,59 @@ def _request(problem: Problem, return_lse: bool) -> backends.Request:
     )
 
 
-def _reference(problem: Problem) -> tuple[Tensor, Tensor]:
+def _reference(problem: Problem, return_weights: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
     query, key, value = cast(problem.query, problem.key, problem.value)
-    options = problem.options
-    if options["dropout_p"] and options["dropout_seed"] is None:
-        options = {**options, "dropout_seed": torch.randint(2**62, (1,), device=query.device)}
     result = reference.attention(
-        query, key, value, attn_mask=problem.mask, causal=problem.causal, scale=problem.scale, **options
+        query, key, value, attn_mask=problem.mask, causal=problem.causal, scale=problem.scale, **problem.options
     )
-    return result.out, result.lse
+    # A query without heads has nothing to average over.
+    average = return_weights == "average" and result.weights.dim() > 2
+    return result.out, result.lse, result.weights.mean(-3) if average else result.weights
 
 
-def _triton(problem: Problem) -> tuple[Tensor, Tensor]:
+def _triton(problem: Problem, return_weights: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bring everything to [B, H, …] by broadcasting, which costs no memory, and back."""
     query, key, value = cast(problem.query, problem.key, problem.value)
-    lead, mask = problem.lead, problem.mask
+    lead, options = problem.lead, problem.options
     q = _four_dimensional(query, lead)
     k, v = (_four_dimensional(t, (*lead[:-1], t.shape[-3]) if problem.grouped else lead) for t in (key, value))
-    if mask is not None:
-        mask = _four_dimensional(mask, lead, (q.shape[2], k.shape[2]))
-    out, lse = autograd.attention(q, k, v, mask, problem.causal or "none", problem.scale)
-    return out.reshape(*lead, *out.shape[2:]), lse.reshape(*lead, *lse.shape[2:])
+    left, right = options["window"] or (None, None)
+    packed = options["cu_seqlens_q"] is not None
+    settings = autograd.Settings(
+        packed, problem.causal or "none", left, right, problem.scale, options["softcap"], options["dropout_p"]
+    )
+    if packed:
+        lengths = options["cu_seqlens_q"], options["cu_seqlens_k"]
+    else:
+        lengths = _lengths(options["query_lengths"], lead), _lengths(options["key_lengths"], lead)
+    slopes, sinks, seed = options["alibi_slopes"], options["sinks"], options["dropout_seed"]
+    tensors = (q, k, v, _mask(problem.mask, lead), slopes, sinks, *lengths, seed)
+    out, lse, rows = autograd.attention(settings, *tensors)
+    weights = None
+    if return_weights == "average":
+        weights = autograd.average_weights(settings, rows, *tensors)
+        weights = weights.reshape(*lead[:-1], *weights.shape[1:])
+    elif return_weights == "per_head":
+        weights = _reference(problem, return_weights)[2]
+    return out.reshape(*lead, *out.shape[2:]), lse.reshape(*lead, *lse.shape[2:]), weights
 
 
-def _four_dimensional(tensor: Tensor, lead: tuple[int, ...], last: tuple[int, ...] | None = None) -> Tensor:
-    tensor = tensor.expand(*lead, *(tensor.shape[-2:] if last is None else last))
-    if len(lead) > 2:
-        return tensor.flatten(0, len(lead) - 2)
-    return tensor[(None,) * (2 - len(lead))]
+def _four_dimensional(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
+    tensor = tensor.expand(*lead, *tensor.shape[-2:])
+    return tensor.flatten(0, len(lead) - 2) if len(lead) > 2 else tensor[(None,) * (2 - len(lead))]
+
+
+def _mask(mask: Tensor | None, lead: tuple[int, ...]) -> Tensor | None:
+    """The mask in four dimensions, of size 1 where it broadcasts: an expanded one would get a gradient as large."""
+    if mask is None:
+        return None
+    mask = mask[(None,) * (max(len(lead), 2) + 2 - mask.dim())]
+    if len(lead) <= 2:
+        return mask
+    batch = lead[:-1] if math.prod(mask.shape[:-3]) > 1 else mask.shape[:-3]
+    return mask.expand(*batch, *mask.shape[-3:]).flatten(0, len(batch) - 1)
+
+
+def _lengths(lengths: Tensor | None, lead: tuple[int, ...]) -> Tensor | None:
+    """Lengths of the first of the leading dimensions as lengths of all that are batch."""
+    return lengths if lengths is None or len(lead) <= 2 else lengths.repeat_interleave(math.prod(lead[1:-1]))

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import transforms_active
 from ..errors import InvalidInput
 from .autocast import autocasting
+from .values import readable
 
 NAME = "attention"
 
@@ -48,6 +48,7 @@ def check_attention(
     dropout_p: float,
     dropout_seed: int | Tensor | None,
     enable_gqa: bool,
+    return_weights: str | None,
 ) -> Problem:
     """The ``Problem`` that these arguments of ``functional.attention`` pose.
 
@@ -65,6 +66,8 @@ def check_attention(
         raise InvalidInput(f"{NAME}: dropout_p must lie in 0 … 1, got {dropout_p}")
     if not 0 <= softcap < math.inf:
         raise InvalidInput(f"{NAME}: softcap must be positive and finite, or 0 for none, got {softcap}")
+    if return_weights not in (None, "average", "per_head"):
+        raise InvalidInput(f"{NAME}: return_weights must be None, 'average' or 'per_head', got {return_weights!r}")
     _check_mask(attn_mask, query, (*lead, M, N))
     # torch's operator wants both dimensions spelt out.
     attn_mask = None if attn_mask is None else torch.atleast_2d(attn_mask)
@@ -75,6 +78,10 @@ def check_attention(
             _check_vector(name, vector, heads, query, floating=True)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:
+        if return_weights is not None:
+            raise InvalidInput(
+                f"{NAME}: return_weights={return_weights!r} does not go with cu_seqlens; pass padded input and lengths"
+            )
         _check_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, query_lengths, key_lengths)
     for name, vector, most in (("query_lengths", query_lengths, M), ("key_lengths", key_lengths, N)):
         if vector is not None:
@@ -105,11 +112,12 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise InvalidInput(f"{NAME}: {name} must be at least 2-D, [*, rows, head dim], got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise InvalidInput(f"{NAME}: {name} must be floating point, got {tensor.dtype}")
-    shown = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in named.items())
-    if not query.device == key.device == value.device:
-        raise InvalidInput(f"{NAME}: query, key and value must be on one device, got {shown}")
-    if not query.dtype == key.dtype == value.dtype and not autocasting(query.device.type):
-        raise InvalidInput(f"{NAME}: query, key and value must have one dtype, got {shown}")
+    alike = {"device": query.device == key.device == value.device, "dtype": query.dtype == key.dtype == value.dtype}
+    alike["dtype"] = alike["dtype"] or autocasting(query.device.type)
+    for what, same in alike.items():
+        if not same:
+            shown = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in named.items())
+            raise InvalidInput(f"{NAME}: query, key and value must have one {what}, got {shown}")
     if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
         raise InvalidInput(
             f"{NAME}: query and key need the same positive head dim, got {query.shape[-1]} and {key.shape[-1]}"
@@ -122,23 +130,28 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[tuple[int, ...], bool]:
     """The broadcast leading dimensions, and whether groups of query heads share a key head."""
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     grouped = enable_gqa and min(query.dim(), key.dim(), value.dim()) >= 3 and query.shape[-3] != key.shape[-3]
     if grouped:
         heads, heads_kv = query.shape[-3], key.shape[-3]
         if key.shape[-3] != value.shape[-3] or heads_kv == 0 or heads % heads_kv:
             raise InvalidInput(
                 f"{NAME}: with enable_gqa the number of query heads must be a multiple of that of key heads, which "
-                f"value shares, got {heads}, {heads_kv} and {value.shape[-3]} from {shapes}"
+                f"value shares, got {heads}, {heads_kv} and {value.shape[-3]} from {_shapes(query, key, value)}"
             )
     # Heads that are grouped do not broadcast; the dimensions before them do.
     drop = 3 if grouped else 2
+    leads = [t.shape[:-drop] for t in (query, key, value)]
     try:
-        lead = torch.broadcast_shapes(*(t.shape[:-drop] for t in (query, key, value)))
+        lead = leads[0] if leads[0] == leads[1] == leads[2] else torch.broadcast_shapes(*leads)
     except RuntimeError:
         hint = "" if enable_gqa else "; enable_gqa=True lets groups of query heads share a key head"
+        shapes = _shapes(query, key, value)
         raise InvalidInput(f"{NAME}: leading dimensions do not broadcast: {shapes}{hint}") from None
     return (*lead, query.shape[-3]) if grouped else tuple(lead), grouped
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
 
 
 def _check_mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> None:
@@ -192,13 +205,8 @@ def _check_vector(name: str, vector: Tensor, size: int, query: Tensor, floating:
         raise InvalidInput(f"{NAME}: {name} must be on the query's device {query.device}, got {vector.device}")
 
 
-def _readable(vector: Tensor) -> bool:
-    """Whether values can be looked at: on a GPU that would wait for it, and a traced tensor has none."""
-    return vector.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
-
-
 def _check_values(name: str, vector: Tensor, least: int, most: int) -> None:
-    if _readable(vector) and vector.numel():
+    if readable(vector) and vector.numel():
         low, high = int(vector.min()), int(vector.max())
         if low < least or high > most:
             raise InvalidInput(f"{NAME}: {name} must lie in {least} … {most}, got {low} … {high}")
@@ -223,6 +231,6 @@ def _check_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, query_lengths, 
     M, N = query.shape[1], key.shape[1]
     for name, vector, end in (("cu_seqlens_q", cu_seqlens_q, M), ("cu_seqlens_k", cu_seqlens_k, N)):
         _check_vector(name, vector, shapes[0][0], query, floating=False)
-        if _readable(vector):
+        if readable(vector):
             if int(vector[0]) != 0 or int(vector[-1]) != end or bool((vector[1:] < vector[:-1]).any()):
                 raise InvalidInput(f"{NAME}: {name} must rise from 0 to {end}, got {vector.tolist()}")

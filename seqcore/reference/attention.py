@@ -94,7 +94,7 @@ def _visible(grid: Grid, causal: str | None, window: tuple[int | None, int | Non
     return visible, distance
 
 
-def _scores(
+def scores(
     query: Tensor,
     key: Tensor,
     grid: Grid,
@@ -105,21 +105,22 @@ def _scores(
     window: tuple[int | None, int | None] | None,
     softcap: float,
     alibi_slopes: Tensor | None,
-) -> Tensor:
-    """Natural logits [*, H, M, N], -inf where query m may not see key n."""
-    acc = wide(query.dtype)
-    scores = (query.to(acc) @ key.to(acc).transpose(-2, -1)) * scale
+) -> tuple[Tensor, Tensor | None]:
+    """Natural logits [*, H, M, N], -inf where query m may not see key n; and the softcap's slope there."""
+    acc, slope = wide(query.dtype), None
+    logits = (query.to(acc) @ key.to(acc).transpose(-2, -1)) * scale
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+        capped = torch.tanh(logits / softcap)
+        logits, slope = softcap * capped, 1 - capped * capped
     visible, distance = _visible(grid, causal, window)
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(acc)[..., None, None] * distance.abs()
+        logits = logits - alibi_slopes.to(acc)[..., None, None] * distance.abs()
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             visible = visible & attn_mask
         else:
-            scores = scores + attn_mask.to(acc)
-    return torch.where(visible, scores, NEGATIVE_INFINITY)
+            logits = logits + attn_mask.to(acc)
+    return torch.where(visible, logits, NEGATIVE_INFINITY), slope
 
 
 @without_autocast
@@ -149,66 +150,68 @@ def attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key, value = repeat_heads(query, key), repeat_heads(query, value)
-    M, N, acc = query.shape[-2], key.shape[-2], wide(query.dtype)
-    if cu_seqlens_q is None:
-        lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        grid = dense_grid(lead, M, N, query.device, query_lengths, key_lengths)
-    else:
-        grid = packed_grid(M, N, cu_seqlens_q, cu_seqlens_k)
-    scores = _scores(
+    grid = grid_of(query, key, value, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k)
+    query = without_padding(query, query_lengths)
+    key, value = without_padding(key, key_lengths), without_padding(value, key_lengths)
+    logits, _ = scores(
         query, key, grid,
         attn_mask=attn_mask, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
-    weights, lse = _normalise(scores, None if sinks is None else sinks.to(acc)[..., None])
+    weights, lse = normalise(logits, sinks)
     if dropout_p:
-        weights = _drop(weights, grid, dropout_p, dropout_seed)
-    return Result((weights @ value.to(acc)).to(query.dtype), lse, weights)
+        heads = weights.shape[-3] if weights.dim() > 2 else 1
+        weights = drop(weights, keep(grid, range(heads), heads, dropout_p, dropout_seed), dropout_p)
+    return Result((weights @ value.to(weights.dtype)).to(query.dtype), lse, weights)
 
 
-def _normalise(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+def grid_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> Grid:
+    """The positions of query's rows and key's; heads of key and value already repeated."""
+    M, N = query.shape[-2], key.shape[-2]
+    if cu_seqlens_q is not None:
+        return packed_grid(M, N, cu_seqlens_q, cu_seqlens_k)
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    return dense_grid(lead, M, N, query.device, query_lengths, key_lengths)
+
+
+def without_padding(tensor: Tensor, lengths: Tensor | None) -> Tensor:
+    """[B, *, rows, columns] with zeros past each sequence's length: a NaN there, times a weight of 0, would be NaN."""
+    if lengths is None:
+        return tensor
+    row = torch.arange(tensor.shape[-2], device=tensor.device)[:, None]
+    return torch.where(row < lengths.reshape(-1, *(1,) * max(tensor.dim() - 1, 3)), tensor, 0)
+
+
+def normalise(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights, and the log-sum-exp of each row: zeros and -inf where nothing may be seen."""
-    N = scores.shape[-1]
+    N, sink = logits.shape[-1], None if sinks is None else sinks.to(logits.dtype)[..., None]
     # The shift cancels out of every result, so it needs no gradient of its own.
-    shift = (scores.amax(-1) if N else scores.new_full(scores.shape[:-1], NEGATIVE_INFINITY)).detach()
+    shift = (logits.amax(-1) if N else logits.new_full(logits.shape[:-1], NEGATIVE_INFINITY)).detach()
     shift = shift if sink is None else torch.maximum(shift, sink.detach())
     shift = torch.where(shift == NEGATIVE_INFINITY, 0, shift)
-    exponentials = torch.exp(scores - shift[..., None])
+    exponentials = torch.exp(logits - shift[..., None])
     total = exponentials.sum(-1) if sink is None else exponentials.sum(-1) + torch.exp(sink - shift)
     empty = total == 0
     total = torch.where(empty, 1, total)
     return exponentials / total[..., None], torch.where(empty, NEGATIVE_INFINITY, shift + torch.log(total))
 
 
-def _drop(weights: Tensor, grid: Grid, probability: float, seed: Tensor) -> Tensor:
-    """Dropout keyed by (batch, head, row, column) of weights [*, H, M, N]."""
-    heads = weights.shape[-3] if weights.dim() > 2 else 1
-    head = torch.arange(heads, device=weights.device)[:, None, None]
-    keep = uniform(seed, grid.batch * heads + head, grid.row, grid.column) >= probability
+def keep(grid: Grid, heads: range, of: int, probability: float, seed: Tensor) -> Tensor:
+    """Which weights [*, len(heads), M, N], of the ``of`` heads in all, dropout keeps, by (batch, head, row, column)."""
+    head = torch.arange(heads.start, heads.stop, device=seed.device)[:, None, None]
+    return uniform(seed, grid.batch * of + head, grid.row, grid.column) >= probability
+
+
+def drop(weights: Tensor, keep: Tensor, probability: float) -> Tensor:
     # At probability 1 nothing is kept; the division by 1 then only keeps the gradient finite.
     return torch.where(keep, weights / ((1 - probability) or 1), 0)
-
-
-@without_autocast
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    *,
-    attn_mask: Tensor | None,
-    causal: str | None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-) -> Tensor:
-    """The weights [B, H, M, N] of attention over [B, H, M, D] and [B, H, N, D], 0 in rows that see nothing.
-
-    Rebuilt from a kernel's log-sum-exp they would err by a rounding of it, more than torch's own weights do.
-    """
-    grid = dense_grid(query.shape[:-2], query.shape[-2], key.shape[-2], query.device)
-    scores = _scores(
-        query, key, grid, attn_mask=attn_mask, causal=causal, scale=query.shape[-1] ** -0.5, window=None, softcap=0.0,
-        alibi_slopes=None,
-    )  # fmt: skip
-    weights, _ = _normalise(scores, None)
-    return _drop(weights, grid, dropout_p, dropout_seed) if dropout_p else weights
 
 
 def repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
@@ -218,37 +221,58 @@ def repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
     return tensor.repeat_interleave(query.shape[-3] // tensor.shape[-3], -3)
 
 
+class Head(NamedTuple):
+    """What one head's weights are made of and from, all of [B, 1, …]; ``kept`` is None without dropout."""
+
+    query: Tensor
+    key: Tensor
+    slope: Tensor | None
+    weights: Tensor
+    lse: Tensor
+    kept: Tensor | None
+
+
 @without_autocast
-def backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
+def one_head(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    head: int,
+    *,
     attn_mask: Tensor | None,
-    out: Tensor,
     causal: str | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of [B, H, M, D], [B, H_kv, N, D] and [B, H_kv, N, DV], written out by hand, with no autograd.
+    window: tuple[int | None, int | None] | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    **sequences: Tensor | None,
+) -> Head:
+    """One head of ``attention`` between query [B, H, M, D] and key [B, H_kv, N, D], dropout not applied yet.
 
-    With P = softmax(s) and delta = rowsum(out dout) - dlse: ds = P (dout v^T - delta), dv = P^T dout,
-    dk = scale ds^T q, dq = scale ds k; a group's dk and dv are summed. Source: Dao, FlashAttention-2 (2023), 3.1.2.
+    A mask is 4-D. Differentiable any number of times.
     """
-    acc = wide(query.dtype)
-    k, v = repeat_heads(query, key).to(acc), repeat_heads(query, value).to(acc)
-    grid = dense_grid(query.shape[:-2], query.shape[-2], key.shape[-2], query.device)
-    scores = _scores(
-        query, k, grid, attn_mask=attn_mask, causal=causal, scale=scale, window=None, softcap=0.0, alibi_slopes=None
-    )
-    weights, _ = _normalise(scores, None)
-    dout = torch.zeros_like(out, dtype=acc) if dout is None else dout.to(acc)
-    delta = (out.to(acc) * dout).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    ds = weights * (dout @ v.transpose(-2, -1) - delta[..., None])
-    dq = scale * (ds @ k)
-    dk, dv = scale * (ds.transpose(-2, -1) @ query.to(acc)), weights.transpose(-2, -1) @ dout
-    group = query.shape[1] // max(key.shape[1], 1)
-    dk, dv = (x.unflatten(1, (key.shape[1], group)).sum(2) for x in (dk, dv))
-    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+    heads, one = query.shape[1], slice(head, head + 1)
+    query, key = query[:, one], key[:, head * key.shape[1] // heads, None]
+    grid = grid_of(query, key, key, **sequences)
+    query = without_padding(query, sequences["query_lengths"])
+    key = without_padding(key, sequences["key_lengths"])
+    logits, slope = scores(
+        query, key, grid, attn_mask=attn_mask if attn_mask is None or attn_mask.shape[1] == 1 else attn_mask[:, one],
+        causal=causal, scale=scale, window=window, softcap=softcap,
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes[one],
+    )  # fmt: skip
+    weights, lse = normalise(logits, None if sinks is None else sinks[one])
+    kept = keep(grid, range(head, head + 1), heads, dropout_p, dropout_seed) if dropout_p else None
+    return Head(query, key, slope, weights, lse, kept)
+
+
+def average_weights(query: Tensor, key: Tensor, **options) -> Tensor:
+    """The mean over heads of ``attention``'s weights, [B, M, N] float32 or better; see ``one_head``."""
+    total, heads = 0, query.shape[1]
+    for head in range(heads):
+        found = one_head(query, key, head, **options)
+        weights = found.weights if found.kept is None else drop(found.weights, found.kept, options["dropout_p"])
+        total = total + weights.squeeze(1)
+    return total / heads

@@ -1,6 +1,7 @@
 """Compile every kernel ahead of time, for GPUs that are not here, and judge what came out.
 
     python -m seqcore.testing.aot [--full] [--out FILE] [--jobs N] [--kernel SUBSTRING] [--target T] [--record]
+    python -m seqcore.testing.aot --probe
 
 Triton's wheel brings the assemblers, so no GPU and no CUDA toolkit is needed. Each row of the report says what one
 kernel in one configuration takes of one target: shared memory, registers, spills, matrix instructions. The exit
@@ -29,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import INTERPRETED
-from .aot_catalogue import SPILL_BUDGETS, TARGETS, Entry, Function, catalogue, covering, spill_budgets
+from .aot_attention import probes
+from .aot_catalogue import catalogue, covering
+from .aot_entry import SPILL_BUDGETS, TARGETS, Entry, Function, spill_budgets
 
 # Most shared memory, in bytes, that one program may use.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -64,33 +67,47 @@ def resolve(function: Function):
 def specialised_source(entry: Entry):
     """``entry`` as Triton's compiler takes it, specialised as a launch with these arguments would be.
 
-    That is: tensors are aligned to 16 bytes; an integer that is 1 becomes a constant and one that divides by 16 is
-    marked so, unless the kernel forbids it.
+    That is: tensors are aligned to 16 bytes; an integer that is 1 becomes a constant, as None does, and one that
+    divides by 16 is marked so, unless the kernel forbids it.
     """
     from triton.compiler import ASTSource
 
     kernel = resolve(entry.kernel)
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        name, aligned = parameter.name, False
+        name = parameter.name
         if parameter.is_constexpr:
             value = entry.constants[name]
-            constants[name] = resolve(value) if isinstance(value, Function) else value
-            signature[name] = "constexpr"
-            continue
-        value = entry.arguments[name]
-        if isinstance(value, str):
-            signature[name], aligned = value, True
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], constants[name] = "constexpr", 1
+            signature[name], constants[(index,)] = "constexpr", resolve(value) if isinstance(value, Function) else value
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0 and not parameter.do_not_specialize
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            specialise = not parameter.do_not_specialize
+            signature[name] = _specialised(entry.arguments[name], specialise, (index,), constants, attributes)
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _specialised(value: Any, specialise: bool, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """The type of one argument, or of a tuple of them; constants and alignments go into the two dictionaries."""
+    import triton
+
+    if isinstance(value, tuple):
+        # Triton asks nobody whether to specialise what is inside a tuple.
+        types = [_specialised(one, True, (*path, i), constants, attributes) for i, one in enumerate(value)]
+        return type(value)(*types)
+    if isinstance(value, triton.language.constexpr):
+        constants[path] = value.value
+        return "constexpr"
+    if value is None or (value == 1 and isinstance(value, int) and specialise):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, str):
+        if value.startswith("*"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return value
+    if isinstance(value, float):
+        return "fp32"
+    if specialise and value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def blank_row(entry: Entry) -> Row:
@@ -151,6 +168,7 @@ def resources(compiled) -> Row:
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         **usage,
         "mma": matrix_instructions(assembly),
+        "specialised": "ttg.warp_specialize" in compiled.asm["ttgir"],
     }
 
 
@@ -254,6 +272,20 @@ def compile_all(entries: list[Entry], jobs: int) -> Iterator[Row]:
         yield from compile_all(remaining[middle:], jobs)
 
 
+def probe(jobs: int) -> int:
+    """Say of each configuration that only some versions of Triton compile whether this one does; 0."""
+    import triton
+
+    print(f"Triton {triton.__version__}, warps with roles of their own:")
+    for row in compile_all(probes(), jobs):
+        if row["registers"] is None:
+            verdict = "does not compile"
+        else:
+            verdict = "compiles" if row["specialised"] else "compiles, but gives no warp a role"
+        print(f"  {row['target']:<7} {row['configuration']:<55} {verdict}")
+    return 0
+
+
 def record(rows: list[Row]) -> None:
     """Raise the recorded spill budgets to what ``rows`` spill, and judge those again."""
     budgets = spill_budgets()
@@ -312,9 +344,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--record", action="store_true", help="raise the spill budgets to what is found")
     parser.add_argument("--target", choices=TARGETS, help="only this target")
+    parser.add_argument("--probe", action="store_true", help="only try what no table asks for: warp specialisation")
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
+    if options.probe:
+        return probe(max(1, options.jobs))
 
     entries = [
         entry for entry in catalogue() if options.kernel in entry.name and options.target in (None, entry.target)

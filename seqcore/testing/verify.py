@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..backends import INTERPRETED
-from . import cases
+from .attention_cases import attentions
 from .budget import check_budget
-from .cases import Case, Results
+from .cases import Case, Results, recurrences
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def verify(device: torch.device) -> Iterator[Row]:
     try:
         for switch in switches:
             switch.fp32_precision = "ieee"
-        for case in (*cases.recurrences(device), *cases.attentions(device)):
+        for case in (*recurrences(device), *attentions(device)):
             for dtype in dtypes():
                 yield from _judge(case, dtype)
     finally:

@@ -1,0 +1,112 @@
+"""The operators' own launches, through Triton's binder to machine code, for a GPU that is not here.
+
+What is compiled ahead of time is what the catalogue says a launch passes; here it is what a launch does pass.
+"""
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from seqcore import backends, functional
+from seqcore.kernels.tuning import Device
+from seqcore.ops import attention, attention_problem
+from seqcore.testing import aot
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what it launches")
+
+B, H, H_KV, M, N, D = 2, 4, 2, 200, 300, 64
+
+
+class Absent:
+    """As much of a driver as the compiler asks for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels launched, each compiled for sm_90 and not run."""
+    found = {}
+
+    def compiled(kernel, grid):
+        def launch(*arguments, **keywords):
+            assert all(0 < programs < 2**31 for programs in grid)
+            found[kernel.fn.__name__] = kernel.run(*arguments, grid=grid, warmup=True, **keywords)
+
+        return launch
+
+    monkeypatch.setattr(driver, "_active", Absent())
+    monkeypatch.setattr(jit.JITFunction, "__getitem__", compiled)
+    monkeypatch.setattr(attention_problem, "describe", lambda device: Device("sm_90"))
+    monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
+    monkeypatch.setattr(backends, "why_not_triton", lambda request: [])
+    return found
+
+
+def run(packed=False, sizes=(H, H_KV, M, N, D), dtype=torch.bfloat16, **options):
+    heads, heads_kv, m, n, d = sizes
+    lead = () if packed else (B,)
+    q = torch.randn(*lead, heads, m, d, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(*lead, heads_kv, n, d, dtype=dtype, requires_grad=True) for _ in range(2))
+    found = functional.attention(q, k, v, enable_gqa=True, return_lse=True, backend="triton", **options)
+    sum(t.float().nan_to_num().sum() for t in found).backward()
+
+
+FORWARD, DECODE = {"attention_forward_kernel"}, {"attention_decode_kernel", "attention_combine_kernel"}
+BACKWARD = {f"attention_backward_{part}_kernel" for part in ("delta", "dkdv", "dq")}
+BIAS = {"attention_backward_bias_kernel"}
+
+
+def ends(*at):
+    return torch.tensor(at, dtype=torch.int32)
+
+
+CASES = {
+    "plain": ({}, FORWARD | BACKWARD),
+    "causal": ({"causal": "lower_right", "sizes": (H, H, M, N, 128)}, FORWARD | BACKWARD),
+    "everything": (
+        {
+            "attn_mask": torch.randn(M, N), "sinks": torch.randn(H), "window": (70, 1), "softcap": 2.0,
+            "alibi_slopes": torch.rand(H), "dropout_p": 0.1, "key_lengths": torch.tensor([3, 4]),
+        },
+        FORWARD | BACKWARD | BIAS,
+    ),
+    "packed": (
+        {"packed": True, "cu_seqlens_q": ends(0, 5, M), "cu_seqlens_k": ends(0, 9, N), "causal": "top_left"},
+        FORWARD | BACKWARD,
+    ),
+    "decode": ({"sizes": (8, 2, 1, 4000, 128), "key_lengths": torch.tensor([3, 4000])}, DECODE | BACKWARD),
+    "one key": ({"sizes": (H, H, 1, 1, 16)}, FORWARD | BACKWARD),
+    "float32 of odd rows": ({"sizes": (H, 1, 70, 33, 41), "dtype": torch.float32}, FORWARD | BACKWARD),
+    "weights": ({"return_weights": "average", "attn_mask": torch.randn(1, N)}, FORWARD | BACKWARD | BIAS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_launches_compile(case, launched):
+    options, expected = CASES[case]
+    # Both take a gradient, so that what makes it is launched too.
+    wanting = {"attn_mask", "sinks"}
+    options = {name: t.clone().requires_grad_() if name in wanting else t for name, t in options.items()}
+    run(**options)
+    assert set(launched) == expected | ({"attention_weights_kernel"} if case == "weights" else set())
+    limit = aot.SHARED_LIMIT["sm_90"]
+    assert all(kernel.metadata.shared <= limit for kernel in launched.values())
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_descriptors_where_alignment_allows(aligned, launched):
+    q, k, v = (torch.randn(B, H, N, D + 1, dtype=torch.float16)[..., :D] for _ in range(3))
+    if aligned:
+        q, k, v = (t.contiguous() for t in (q, k, v))
+    functional.attention(q, k, v, backend="triton")
+    used = "cp.async.bulk.tensor" in launched["attention_forward_kernel"].asm["ptx"]
+    assert used == aligned
