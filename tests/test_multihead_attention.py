@@ -5,14 +5,27 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import seqcore
 from seqcore import UnsupportedInput
 
-from .attention_twins import Results, assert_equal_in_float64, assert_within, cotangents, doubled
+from .attention_twins import assert_within
+from .transformer_twins import (
+    HEADS,
+    B,
+    E,
+    M,
+    N,
+    additive,
+    assert_like_torch,
+    inputs,
+    may_not,
+    results,
+    swapped,
+    torch_module,
+)
 
-B, M, N, E, HEADS = 2, 17, 21, 20, 2
 INFINITY = float("inf")
 BACKENDS = ["aten", "reference", "auto"]
 OURS = ["reference", "auto"]
@@ -37,61 +50,6 @@ WEIGHTS = {
 }
 
 
-def torch_module(**options) -> nn.MultiheadAttention:
-    """Torch's, in eval mode, its biases made to matter."""
-    module = nn.MultiheadAttention(**{"embed_dim": E, "num_heads": HEADS} | options).eval()
-    for name, parameter in module.named_parameters():
-        if "bias" in name:
-            nn.init.normal_(parameter)
-    return module
-
-
-def ours(module: nn.MultiheadAttention, backend: str | None) -> seqcore.nn.MultiheadAttention:
-    """A seqcore module with the weights and options of torch's."""
-    module = copy.deepcopy(module)
-    module.__class__ = seqcore.nn.MultiheadAttention
-    module.backend = backend
-    return module
-
-
-def inputs(module: nn.MultiheadAttention, kind: str = "cross") -> list[Tensor]:
-    """query, key and value in the module's layout; the same tensor twice or thrice for "memory" and "self"."""
-
-    def rows(count, width):
-        batched = (B, count, width) if module.batch_first else (count, B, width)
-        shape = (count, width) if kind == "unbatched" else batched
-        return torch.randn(shape, device=module.out_proj.weight.device)
-
-    if kind == "self":
-        return [rows(M, E)] * 3
-    query, key = rows(M, E), rows(N, module.kdim)
-    return [query, key, key] if kind == "memory" else [query, key, rows(N, module.vdim)]
-
-
-def results(module: nn.MultiheadAttention, given: list[Tensor], **keywords) -> Results:
-    """Every output of ``module`` and every gradient of a fixed weighing of them, by name."""
-    leaves = {id(t): t.detach().requires_grad_() for t in given}
-    outputs = dict(zip(("out", "weights"), module(*(leaves[id(t)] for t in given), **keywords), strict=True))
-    outputs = {name: value for name, value in outputs.items() if value is not None}
-    wanted = {f"input {i}": leaf for i, leaf in enumerate(leaves.values())} | dict(module.named_parameters())
-    weighed = list(outputs.values())
-    gradients = torch.autograd.grad(weighed, list(wanted.values()), cotangents(weighed), materialize_grads=True)
-    return outputs | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
-
-
-def assert_like_torch(theirs: nn.MultiheadAttention, backend: str | None, given: list[Tensor], **keywords) -> None:
-    """Ours does what torch's module does: as exactly as it does it where kernels run, and in float64 elsewhere."""
-    doubles = {id(t): doubled(t) for t in given}
-    double, given_double = copy.deepcopy(theirs).double(), [doubles[id(t)] for t in given]
-    keywords_double = {name: doubled(value) for name, value in keywords.items()}
-    exact = results(double, given_double, **keywords_double)
-    if backend == "triton":
-        actual, eager = results(ours(theirs, backend), given, **keywords), results(theirs, given, **keywords)
-        assert_within(actual, exact, eager)
-    else:
-        assert_equal_in_float64(results(ours(double, backend), given_double, **keywords_double), exact)
-
-
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 @pytest.mark.parametrize("backend", SERVING)
@@ -104,7 +62,7 @@ def test_every_constructor_flag(backend, flags, weights, device):
 def test_aten_is_torchs_own_to_the_last_bit(flags):
     theirs = torch_module(**flags)
     given, padding = inputs(theirs), may_not(B, N)
-    actual, expected = (results(m, given, key_padding_mask=padding) for m in (ours(theirs, "aten"), theirs))
+    actual, expected = (results(m, given, key_padding_mask=padding) for m in (swapped(theirs, "aten"), theirs))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -115,17 +73,6 @@ def test_aten_is_torchs_own_to_the_last_bit(flags):
 def test_every_way_to_call_it(backend, kind, flags, weights):
     theirs = torch_module(**flags)
     assert_like_torch(theirs, backend, inputs(theirs, kind), **weights)
-
-
-def may_not(*shape: int) -> Tensor:
-    """The module's masks: True forbids. Every query keeps its first key."""
-    mask = torch.rand(shape) < 0.4
-    mask[..., 0] = False
-    return mask
-
-
-def additive(*shape: int) -> Tensor:
-    return torch.randn(shape).masked_fill(may_not(*shape), -INFINITY)
 
 
 def masks(mask, padding, batch=B):
@@ -195,7 +142,7 @@ def test_lower_precision_is_as_exact_as_torchs(mode, weights):
     if mode == "half":
         theirs, given = theirs.half(), [t.half() for t in given]
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-        actual, eager = (results(module, given, **weights) for module in (ours(theirs, "reference"), theirs))
+        actual, eager = (results(module, given, **weights) for module in (swapped(theirs, "reference"), theirs))
     exact = results(copy.deepcopy(theirs).double(), [t.double() for t in given], **weights)
     assert_within(actual, exact, eager)
 
@@ -207,7 +154,7 @@ def test_autocast_gives_torchs_dtypes(backend, flags, weights):
     theirs = torch_module(**flags)
     given, mask = inputs(theirs), torch.randn(M, N)
     with torch.autocast("cpu", torch.bfloat16):
-        actual, expected = (results(m, given, attn_mask=mask, **weights) for m in (ours(theirs, backend), theirs))
+        actual, expected = (results(m, given, attn_mask=mask, **weights) for m in (swapped(theirs, backend), theirs))
     assert {name: t.dtype for name, t in actual.items()} == {name: t.dtype for name, t in expected.items()}
 
 
@@ -215,7 +162,7 @@ def test_autocast_gives_torchs_dtypes(backend, flags, weights):
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("backend", ["reference", "auto", pytest.param("triton", marks=pytest.mark.kernels)])
 def test_a_sequence_of_padding_alone_gives_zeros_and_finite_gradients(backend, weights, kind, device):
-    module = ours(torch_module(), backend).to(device)
+    module = swapped(torch_module(), backend).to(device)
     padding = torch.zeros(B, N, dtype=torch.bool, device=device)
     padding[1] = True
     if kind == "float":
@@ -255,7 +202,7 @@ def test_state_dicts_load_both_ways(flags):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_are_equal_and_apart(duplicate):
-    module = ours(torch_module(), "reference")
+    module = swapped(torch_module(), "reference")
     twin, given = duplicate(module), inputs(module)
     assert type(twin) is seqcore.nn.MultiheadAttention and twin.backend == "reference"
     assert torch.equal(twin(*given)[0], module(*given)[0])
@@ -284,7 +231,7 @@ def test_repr_names_a_backend_of_its_own():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_in_training_keeps_the_expectation(backend):
-    module = ours(torch_module(dropout=0.5, batch_first=True), backend)
+    module = swapped(torch_module(dropout=0.5, batch_first=True), backend)
     query, key, value = (torch.randn(1, rows, E).expand(1000, -1, -1) for rows in (3, 5, 5))
     with torch.no_grad():
         expected, expected_weights = module(query[:1], key[:1], value[:1])
@@ -301,7 +248,7 @@ def test_the_weights_returned_are_the_dropped_ones(backend, flags):
     """Values that are rows of the identity, projected by it, let the output show the weights that were used."""
     rows, keys = 5, 7
     identity, options = torch.eye(E), {"dropout": 0.5, "bias": False, "num_heads": 1, "batch_first": True}
-    module = ours(torch_module(**options, **flags), backend).train()
+    module = swapped(torch_module(**options, **flags), backend).train()
     with torch.no_grad():
         module.in_proj_weight[2 * E :] = identity
         module.out_proj.weight.copy_(identity)
@@ -315,7 +262,7 @@ def test_the_weights_returned_are_the_dropped_ones(backend, flags):
 
 @pytest.mark.kernels
 def test_triton_refuses_dropout_in_training_and_serves_evaluation(device):
-    module = ours(torch_module(dropout=0.5), "triton").to(device)
+    module = swapped(torch_module(dropout=0.5), "triton").to(device)
     given = inputs(module)
     module(*given)
     with pytest.raises(UnsupportedInput, match="no kernel has dropout"):
@@ -324,7 +271,7 @@ def test_triton_refuses_dropout_in_training_and_serves_evaluation(device):
 
 @pytest.mark.kernels
 def test_triton_refuses_a_mask_that_takes_a_gradient(device):
-    module = ours(torch_module(), "triton").to(device)
+    module = swapped(torch_module(), "triton").to(device)
     mask = torch.zeros(M, N, device=device, requires_grad=True)
     with pytest.raises(UnsupportedInput, match="no kernel has mask with gradient"):
         module(*inputs(module), attn_mask=mask)
@@ -338,6 +285,6 @@ def test_a_mask_takes_gradients(backend):
     given, mask = [t.double() for t in inputs(theirs)], torch.randn(M, N, dtype=torch.float64, requires_grad=True)
     actual, expected = (
         torch.autograd.grad(module(*given, attn_mask=mask)[0].square().sum(), mask)
-        for module in (ours(theirs, backend), theirs)
+        for module in (swapped(theirs, backend), theirs)
     )
     torch.testing.assert_close(actual, expected)

@@ -12,7 +12,9 @@ from .. import functional
 from ..backends import check_backend, resolve
 from ..errors import InvalidInput
 from ..functional.autocast import autocasting
-from ..reference.attention import attention_weights
+from ..reference.recurrence import wide
+from .cache import KVCache
+from .positions import RotaryPositions
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -24,8 +26,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     Args:
         *args, **kwargs: those of ``torch.nn.MultiheadAttention`` (embed_dim, num_heads, dropout=0.0, bias=True,
             add_bias_kv=False, add_zero_attn=False, kdim=None, vdim=None, batch_first=False, device=None, dtype=None).
+        rotary: rotates each head's queries and keys by their positions.
+        alibi: subtract ALiBi's slope * distance from the scores (:func:`seqcore.functional.alibi_slopes`).
+            Neither goes with add_bias_kv or add_zero_attn, whose keys belong to no position.
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``. "aten" is torch's own
-            module to the last bit.
+            module to the last bit, as long as nothing is asked that it does not have.
 
     One deliberate difference, except under "aten": a query that may see no key gives zeros before the output
     projection, and zero weights, where torch gives NaN with ``need_weights=True``.
@@ -35,14 +40,34 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     # Class-level defaults, so that an instance made by torch.nn and given this class works.
     backend: str | None = None
+    alibi: bool = False
     _inside_torch: bool = False
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        rotary: RotaryPositions | None = None,
+        alibi: bool = False,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         if backend is not None:
             check_backend(backend)
         with self._as_torch():
             super().__init__(*args, **kwargs)
-        self.backend = backend
+        self.backend, self.alibi = backend, alibi
+        if rotary is not None:
+            if not isinstance(rotary, RotaryPositions) or rotary.head_dim != self.head_dim:
+                raise InvalidInput(
+                    f"MultiheadAttention: rotary must be RotaryPositions of head_dim {self.head_dim} = embed_dim / "
+                    f"num_heads, got {rotary!r}"
+                )
+            self.rotary = rotary
+
+    @property
+    def rotary(self) -> RotaryPositions | None:
+        """The submodule of this name; a default of the class would hide one that is assigned later."""
+        return self._modules.get("rotary")
 
     @contextlib.contextmanager
     def _as_torch(self) -> Iterator[None]:
@@ -62,11 +87,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         """False unless torch's own code is to run: its Transformer layers ask this before they pass our forward by."""
         if self._inside_torch:
             return self.__dict__["_qkv_same_embed_dim"]
-        return self.in_proj_weight is not None and resolve(self.backend) == "aten"
+        return self.in_proj_weight is not None and self._is_torchs()
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, same: bool) -> None:
         self.__dict__["_qkv_same_embed_dim"] = same
+
+    def _is_torchs(self) -> bool:
+        return resolve(self.backend) == "aten" and self.rotary is None and not self.alibi
 
     def forward(
         self,
@@ -78,26 +106,30 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The attended [M, B, E] ([B, M, E] if batch_first, [M, E] unbatched) and, if asked, the weights.
 
         Args:
             query, key, value: [M, B, E], [N, B, kdim], [N, B, vdim], in the module's layout.
             key_padding_mask: [B, N] ([N] unbatched); True, or -inf, marks keys to ignore.
-            need_weights: also return the weights, computed in plain PyTorch, and slowly.
+            need_weights: also return the weights.
             attn_mask: [M, N] or [B * H, M, N]; True marks pairs that may NOT attend, floats are added.
-            average_attn_weights: average them over heads, [B, M, N]; else [B, H, M, N].
-            is_causal: a promise that ``attn_mask`` is the causal mask, as in torch.
+            average_attn_weights: average them over heads, [B, M, N], without a matrix of each; else [B, H, M, N].
+            is_causal: a promise that ``attn_mask`` is the causal mask, as in torch; it is then read for weights only.
+            cache: append key and value to what it holds and attend to all of it, each query to what came before it and
+                to itself. Goes with no mask; weights are over all N slots. See :class:`seqcore.nn.KVCache`.
 
         Raises:
             InvalidInput: for wrong ranks, sizes, dtypes or masks.
             UnsupportedInput: if the backend was named and cannot serve the request.
         """
-        if resolve(self.backend) == "aten":
+        if cache is None and self._is_torchs():
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        if is_causal and attn_mask is None:
+        if is_causal and attn_mask is None and cache is None:
             raise InvalidInput(
                 "MultiheadAttention: is_causal is a hint about attn_mask, got attn_mask=None; pass the causal mask "
                 "(torch.nn.Transformer.generate_square_subsequent_mask) with it"
@@ -105,10 +137,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = self._check(query, key, value)
         layout = _Layout(batched, self.batch_first)
         query, key, value = layout.enter_all(query, key, value)
+        self._check_positions(query, key, cache, masked=attn_mask is not None or key_padding_mask is not None)
         q, k, v = self._project(query, key, value)
         masks = _Masks(q, k, attn_mask, key_padding_mask, self.num_heads, batched)
-        # As in torch: alone, and with no weights to return, a causal mask need not be read.
-        causal = is_causal and key_padding_mask is None and not need_weights
         if self.bias_k is not None:
             # Cast last, so that under autocast the gradient is summed over the batch in the parameter's dtype.
             k = torch.cat([k, self.bias_k.expand(len(k), 1, -1).to(k.dtype)], 1)
@@ -116,20 +147,50 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        mask = masks.joined(extra_keys=k.shape[2] - key.shape[1], without_attn_mask=causal)
-
-        dropout_p = self.dropout if self.training else 0.0
-        options: dict[str, Any] = {"attn_mask": mask, "causal": "top_left" if causal else None, "dropout_p": dropout_p}
-        if need_weights and dropout_p:
-            options["dropout_seed"] = torch.randint(2**62, (1,), device=q.device)
-        out = functional.attention(q, k, v, **options, backend=self.backend)
-        weights = None
-        if need_weights:
-            weights = attention_weights(q, k, **options).to(out.dtype)
-            weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
+        if self.rotary is not None:
+            start = 0 if cache is None else cache.lengths
+            q, k = self.rotary(q, start), self.rotary(k, start)
+        options: dict[str, Any] = {"dropout_p": self.dropout if self.training else 0.0}
+        if self.alibi:
+            options["alibi_slopes"] = functional.alibi_slopes(self.num_heads, q.device, wide(q.dtype))
+        if cache is None:
+            extra_keys = k.shape[2] - key.shape[1]
+            # The hint spares reading the mask, as in torch; with padding too, unless a key without position joins.
+            causal = is_causal and not need_weights and (key_padding_mask is None or not extra_keys)
+            mask = masks.joined(extra_keys, without_attn_mask=causal)
+            options |= {"attn_mask": mask, "causal": "top_left" if causal else None}
+        else:
+            k, v, options["key_lengths"] = cache.update(k, v)
+            options["causal"] = "lower_right"
+        kind = ("average" if average_attn_weights else "per_head") if need_weights else None
+        found = functional.attention(q, k, v, **options, return_weights=kind, backend=self.backend)
+        out, weights = found if need_weights else (found, None)
+        weights = weights if weights is None or batched else weights.squeeze(0)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return layout.leave(out), weights
+
+    def _check_positions(self, query: Tensor, key: Tensor, cache: KVCache | None, masked: bool) -> None:
+        """Raise for what has no meaning where positions matter; query and key are [B, rows, E]."""
+        used = {"a cache": cache is not None, "rotary": self.rotary is not None, "alibi": self.alibi}
+        if any(used.values()) and (self.bias_k is not None or self.add_zero_attn):
+            raise InvalidInput(
+                "MultiheadAttention: add_bias_kv and add_zero_attn, whose keys belong to no position, do not go with "
+                + ", ".join(name for name, present in used.items() if present)
+            )
+        if cache is None:
+            return
+        if not isinstance(cache, KVCache):
+            raise InvalidInput(f"MultiheadAttention: cache must be a seqcore.nn.KVCache, got {type(cache).__name__}")
+        if masked:
+            raise InvalidInput(
+                "MultiheadAttention: with a cache attention is causal over what the cache holds, and takes no "
+                "attn_mask and no key_padding_mask; for ragged prompts call KVCache.update and functional.attention"
+            )
+        if query.shape[1] != key.shape[1]:
+            raise InvalidInput(
+                f"MultiheadAttention: with a cache query and key are the same new tokens, got {query.shape[1]} and "
+                f"{key.shape[1]} of them"
+            )
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the input is batched."""
@@ -187,7 +248,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         return [F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True)]
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend is None else f"backend={self.backend!r}")
+        # A rotary is shown as the submodule it is.
+        options = {"alibi": self.alibi, "backend": self.backend}
+        return super().extra_repr() + ", ".join(f"{name}={value!r}" for name, value in options.items() if value)
 
 
 class _Layout:
