@@ -13,7 +13,7 @@ from benchmarks.shapes import SIZES, choose_sizes
 from benchmarks.text import load_corpus
 
 # In the order they are measured.
-SUITES = ("floors", "recurrence", "bottleneck", "models")
+SUITES = ("floors", "recurrence", "attention", "bottleneck", "models")
 
 
 def main(arguments: list[str] | None = None) -> int:

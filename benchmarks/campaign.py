@@ -29,7 +29,12 @@ PASSED, FAILED, OVERRAN = "passed", "failed", "overran"
 GRACE_SECONDS = 20
 KEPT_LINES = 40
 # Stages that run the benchmarks: which suites, and their seconds. Each writes a file of its name, and the report anew.
-MEASURED = {"floors": (("floors",), 120), "bench": (("recurrence", "bottleneck"), 530), "models": (("models",), 200)}
+MEASURED = {
+    "floors": (("floors",), 120),
+    "bench": (("recurrence", "bottleneck"), 530),
+    "attention": (("attention",), 530),
+    "models": (("models",), 200),
+}
 
 
 @dataclass(frozen=True)

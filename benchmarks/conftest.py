@@ -1,11 +1,12 @@
 """Options, marks and fixtures of the benchmarks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
+from benchmarks.attention_cases import AttentionCase
 from benchmarks.environment import BUSY_CORES, busy_cores, environment
 from benchmarks.floors import FloorMeter
 from benchmarks.rows import add_roofs
@@ -15,6 +16,7 @@ from benchmarks.timing import RoofMeter, Stopwatch
 MARKS = {
     "bottleneck": "layer against layer: what stepping through time costs",
     "recurrence": "recurrences against torch.nn's, and beside their floors",
+    "attention": "attention against each of torch's kernels by name",
     "floors": "what waiting, exchanging, copying, multiplying and launching cost here",
     "models": "character models trained on real text",
     "forward": "inference",
@@ -74,7 +76,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
     }
 
 
-def parameters(cases: list[Case]) -> list:
+def parameters(cases: Sequence[Case | AttentionCase]) -> list:
     """Cases as pytest's parameters, marked by their pass."""
     return [pytest.param(case, id=case.id, marks=getattr(pytest.mark, case.pass_)) for case in cases]
 

@@ -1,7 +1,8 @@
 """One layer against its peers, from the weights to the row."""
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,6 +19,21 @@ from seqcore import UnsupportedInput
 More = Callable[[Layer, Layer, Tensor], dict]
 
 
+@contextlib.contextmanager
+def where_supported(sizes: Sizes) -> Iterator[None]:
+    """Skip what is not supported here or does not fit, and leave the GPU's memory to the next."""
+    try:
+        yield
+    except UnsupportedInput as error:
+        pytest.skip(f"not supported: {error}")
+    except torch.OutOfMemoryError:
+        pytest.skip("does not fit this GPU's memory")
+    finally:
+        if sizes.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
 def contest(
     benchmark,
     suite: str,
@@ -28,7 +44,7 @@ def contest(
     more: More = lambda ours, torchs, x: {},
 ) -> None:
     """Check ours, then time it and ``sizes.peers`` in turn, and write the row; skip what is not supported here."""
-    try:
+    with where_supported(sizes):
         layers = build_layers(case, sizes)
         x, dy = make_data(case, sizes.device)
         ours, torchs = layers.pop(sizes.ours), layers.get(TORCH) or layers[DENSE]
@@ -37,14 +53,6 @@ def contest(
         added = more(ours, torchs, x)
         peers = {name: passes(case, layer, x, dy) for name, layer in layers.items()}
         timing, peer_timings = race(benchmark, stopwatch, passes(case, ours, x, dy), peers, sizes.case_seconds)
-    except UnsupportedInput as error:
-        pytest.skip(f"not supported: {error}")
-    except torch.OutOfMemoryError:
-        pytest.skip("does not fit this GPU's memory")
-    finally:
-        if sizes.device == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
     benchmark.group = f"{case.op} {case.pass_} {case.sweep}"
     benchmark.extra_info |= extra_info(
         suite,

@@ -7,6 +7,8 @@ definition, not of an implementation, so that faster code shows as a higher rate
 
 from dataclasses import dataclass
 
+from benchmarks.attention_cases import AttentionCase
+
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
@@ -68,9 +70,39 @@ def attention_flops(T: int, B: int, E: int, pass_: str, causal: bool = True) -> 
     five products where forward has two, since the scores are recomputed rather than stored.
     """
     projections = 8 * T * B * E * E
-    pairs = T * (T + 1) / 2 if causal else T * T
-    scores = 4 * B * pairs * E
-    return projections + scores if pass_ == "forward" else 3 * projections + 3.5 * scores
+    scores = score_flops(B * visible_pairs(T, T, causal), E, E, pass_)
+    return (projections if pass_ == "forward" else 3 * projections) + scores
+
+
+def visible_pairs(M: int, N: int, causal: bool = False, window: int | None = None) -> int:
+    """Of M queries and N keys, how many pairs may attend: query m sees keys n <= m, if causal, and of those the last
+    ``window``, if there is one."""
+    last = (min(m, N - 1) if causal else N - 1 for m in range(M))
+    first = (max(m - window + 1, 0) if window else 0 for m in range(M))
+    return sum(max(end - begin + 1, 0) for begin, end in zip(first, last, strict=True))
+
+
+def score_flops(pairs: float, D: int, DV: int, pass_: str) -> float:
+    """Products of attention itself: for every visible pair 2·D for its score and 2·DV for its share of the output;
+    backward the score again, the gradients of the weight, 2·DV, and of value, query and key. With D = DV that is
+    4·D, and 2.5 times as much."""
+    forward = 2 * (D + DV)
+    return pairs * (forward if pass_ == "forward" else forward + 2 * (3 * D + 2 * DV))
+
+
+def score_work(case: AttentionCase, element_size: int) -> Work:
+    """The work of one problem of the attention suite, which has no projections.
+
+    Queries, visible keys and values, and a bias are read once and the output is written once; training does all that
+    a second time, to gradients. One fused attention is one step, and so is its backward.
+    """
+    pairs = sum(visible_pairs(M, N, case.causal, case.window) for M, N in case.sequences)
+    keys = sum(N for _, N in case.sequences)
+    elements = 2 * case.tokens * case.H * case.D + 2 * keys * case.key_heads * case.D
+    elements += case.H * case.M * case.N if case.bias else 0
+    passes = 2 if case.pass_ == "training" else 1
+    flops = case.H * score_flops(pairs, case.D, case.D, case.pass_)
+    return Work(flops, passes * elements * element_size, passes)
 
 
 def dependent_steps(op: str, T: int, pass_: str) -> int:

@@ -65,11 +65,11 @@ class Layer:
         """The layer for the first T steps of B of x's sequences, spread over the batch, and the index that takes
         their part of x, y and their gradients."""
         if self.batch_sizes is None:
-            sequences = _spread(x.shape[1], B)
+            sequences = spread(x.shape[1], B)
             mask = None if self.mask is None else self.mask[:T, :T]
             return replace(self, mask=mask), (slice(T), sequences.to(x.device))
         sizes = self.batch_sizes[:T]
-        sequences = _spread(int(sizes[0]), B)
+        sequences = spread(int(sizes[0]), B)
         present = sequences < sizes[:, None]  # [T, B]
         rows = (sizes.cumsum(0) - sizes)[:, None] + sequences
         return replace(self, batch_sizes=present.sum(1)), (rows[present].to(x.device),)
@@ -79,7 +79,7 @@ class Layer:
         return replace(self, module=copy.deepcopy(self.module).double(), mask=mask)
 
 
-def _spread(count: int, wanted: int) -> Tensor:
+def spread(count: int, wanted: int) -> Tensor:
     """At most ``wanted`` of ``count`` indices, from the first to the last, evenly spread."""
     return torch.linspace(0, count - 1, min(count, wanted)).round().long()
 
@@ -211,14 +211,19 @@ def kept_bytes(layer: Layer, x: Tensor) -> int:
     return saved.total
 
 
+def peak_allocated(call: Callable[[], object]) -> int:
+    """Bytes of the GPU's memory that a call takes at most, beyond what was allocated before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def memory(case: Case, layer: Layer, x: Tensor, dy: Tensor) -> tuple[int | None, str | None]:
     """Bytes one pass needs beyond weights, input and gradient of the output, and how that was counted."""
     if x.is_cuda:
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        passes(case, layer, x, dy)()
-        return torch.cuda.max_memory_allocated() - before, "peak allocated"
+        return peak_allocated(passes(case, layer, x, dy)), "peak allocated"
     if case.pass_ == "forward":
         return None, None
     return kept_bytes(layer, x), "saved for backward"

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import answers, recurrence_report
+from benchmarks import answers, attention_report, recurrence_report
 from benchmarks.answers import NAMES, PASS_NAMES, SWEEPS
 from benchmarks.layers import TORCH
 from benchmarks.rows import OURS, Results, Row
@@ -106,6 +106,7 @@ def report(results: Results, plots: list[Path]) -> str:
         ("What a step costs beside attention", answers.step_sentences(results)),
         ("How much batch fills the machine", answers.filling_sentences(results)),
         (f"Recurrences against {TORCH}", recurrence_report.sentences(results)),
+        ("Attention against torch's kernels", attention_report.sentences(results)),
         ("Trained on real text", answers.model_sentences(results)),
     ):
         if sentences:
@@ -114,7 +115,7 @@ def report(results: Results, plots: list[Path]) -> str:
         parts += ["## Plots", "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in plots)]
     if results.rows:
         parts += ["## Tables", READING]
-    parts += recurrence_report.tables(results)
+    parts += recurrence_report.tables(results) + attention_report.tables(results)
     for sweep in sweeps:
         parts += [f"### Slope of log time over log T, {SWEEPS[sweep]}", slope_table(results, sweep)]
     for sweep, name in {**SWEEPS, "batch_sweep": "batch varied"}.items():
@@ -168,7 +169,7 @@ def print_summary(results: Results, written: list[Path]) -> None:
                 print(times_table(results, sweep, pass_))
         for sentence in answers.slope_sentences(results, sweep) + answers.crossover_sentences(results, sweep):
             print(f"- {sentence}")
-    for part in recurrence_report.summary(results):
+    for part in recurrence_report.summary(results) + attention_report.summary(results):
         print(f"\n{part}")
     if results.select(suite="models"):
         print(f"\n{models_table(results)}")

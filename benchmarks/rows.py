@@ -26,9 +26,9 @@ def extra_info(
     **more,
 ) -> dict:
     """One row: what was measured, and how fast ours and its peers were."""
-    best_peer = min(peers, key=lambda name: peers[name].ms_p50)
+    best_peer = min(peers, key=lambda name: peers[name].ms_p50, default=None)
     tokens, seconds = shape.get("tokens", shape["T"] * shape["B"]), ours.ms_p50 / 1e3
-    by_round = peers[best_peer].over(ours) if ours.samples else None
+    by_round = peers[best_peer].over(ours) if best_peer and ours.samples else None
     return {
         "suite": suite,
         "op": op,
@@ -40,7 +40,7 @@ def extra_info(
         "ms_p80": ours.ms_p80,
         "peers": {name: timing.ms_p50 for name, timing in peers.items()},
         "best_peer": best_peer,
-        "ratio": peers[best_peer].ms_p50 / ours.ms_p50,
+        "ratio": best_peer and peers[best_peer].ms_p50 / ours.ms_p50,
         "ratio_p20": by_round and by_round.ms_p20,
         "ratio_p80": by_round and by_round.ms_p80,
         "tokens_per_s": tokens / seconds,

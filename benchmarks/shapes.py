@@ -114,6 +114,8 @@ class Sizes:
     suite_seconds: float
     # For the whole recurrence suite.
     recurrence_seconds: float
+    # For the whole attention suite.
+    attention_seconds: float
     models: ModelSizes = field(repr=False)
 
     def cases(self) -> list[Case]:
@@ -161,6 +163,7 @@ CPU = Sizes(
     case_seconds=0.2,
     suite_seconds=80,
     recurrence_seconds=15,
+    attention_seconds=15,
     models=ModelSizes(
         parameters=400_000,
         layers=2,
@@ -196,6 +199,7 @@ GPU = Sizes(
     case_seconds=1.0,
     suite_seconds=190,
     recurrence_seconds=300,
+    attention_seconds=460,
     models=ModelSizes(
         parameters=20_000_000,
         layers=4,
@@ -232,6 +236,7 @@ TINY = Sizes(
     case_seconds=0.01,
     suite_seconds=20,
     recurrence_seconds=20,
+    attention_seconds=20,
     models=ModelSizes(
         parameters=8_000,
         layers=1,
