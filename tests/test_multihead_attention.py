@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import seqcore
-from seqcore import UnsupportedInput
+from seqcore.testing.budget import assert_within_budget
 
 from .attention_twins import assert_within
 from .transformer_twins import (
@@ -261,22 +261,30 @@ def test_the_weights_returned_are_the_dropped_ones(backend, flags):
 
 
 @pytest.mark.kernels
-def test_triton_refuses_dropout_in_training_and_serves_evaluation(device):
-    module = swapped(torch_module(dropout=0.5), "triton").to(device)
-    given = inputs(module)
-    module(*given)
-    with pytest.raises(UnsupportedInput, match="no kernel has dropout"):
-        module.train()(*given)
+def test_the_kernels_drop_what_the_reference_drops(device):
+    module = torch_module(dropout=0.5).to(device)
+    given, outs = inputs(module), []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(3)
+        outs.append(swapped(module, backend).train()(*given)[0])
+    exact = swapped(module, "reference").double().train()
+    torch.manual_seed(3)
+    assert_within_budget(outs[0], exact(*[t.double() for t in given])[0], outs[1])
+    assert not torch.allclose(outs[0], swapped(module, "triton").eval()(*given)[0])
 
 
 @pytest.mark.kernels
-def test_triton_refuses_a_mask_that_takes_a_gradient(device):
-    module = swapped(torch_module(), "triton").to(device)
-    mask = torch.zeros(M, N, device=device, requires_grad=True)
-    with pytest.raises(UnsupportedInput, match="no kernel has mask with gradient"):
-        module(*inputs(module), attn_mask=mask)
-    with torch.no_grad():
-        module(*inputs(module), attn_mask=mask)
+def test_a_mask_takes_gradients_from_the_kernels(device):
+    module, mask = torch_module().to(device), torch.randn(M, N, device=device)
+    given = inputs(module)
+
+    def gradient(module, given, mask):
+        mask = mask.clone().requires_grad_()
+        return torch.autograd.grad(module(*given, attn_mask=mask)[0].square().sum(), mask)[0]
+
+    exact = gradient(swapped(module, "reference").double(), [t.double() for t in given], mask.double())
+    eager = gradient(swapped(module, "reference"), given, mask)
+    assert_within_budget(gradient(swapped(module, "triton"), given, mask), exact, eager)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
