@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from seqcore.kernels import tuning
 from seqcore.kernels.recurrence.plan import split
 from seqcore.testing import aot
 from seqcore.testing.aot_catalogue import catalogue, covering
-from seqcore.testing.aot_entry import TARGETS, Entry
+from seqcore.testing.aot_entry import TARGETS, Entry, spill_budgets
 
 KERNELS = Path(tuning.__file__).parent
 ROW_KEYS = {"kernel", "configuration", "target", "shared", "registers", "spills", "budget", "mma", "seconds", "ok"}
@@ -211,3 +212,16 @@ def test_recording_raises_budgets_and_lowers_none(tmp_path, monkeypatch):
     aot.record(rows)
     assert json.loads(path.read_text()) == {"sm_90": {"a_kernel": {"old": 64, "more": 16, "new": 16}}}
     assert all(row["ok"] for row in rows)
+
+
+def test_attention_in_16_bits_spills_nothing_on_hopper():
+    """What most calls run, with no mask. What is not budgeted may spill nothing.
+
+    dK and dV at head dim 256 spill nothing under Triton 3.6 and 128 bytes under 3.7.1; smaller tiles that spill nothing
+    under either would do without the instructions of warp groups.
+    """
+    budgets = spill_budgets()["sm_90"]
+    for kernel in ("attention_forward_kernel", "attention_backward_dkdv_kernel", "attention_backward_dq_kernel"):
+        plain = {variant for variant in budgets.get(kernel, {}) if re.fullmatch(r"\w+16 D=\d+ unmasked", variant)}
+        assert plain <= ({"bfloat16 D=256 unmasked"} if "dkdv" in kernel else set()), kernel
+        assert any(e.name == kernel and e.variant == "bfloat16 D=128 unmasked" for e in catalogue())
