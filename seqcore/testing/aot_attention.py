@@ -26,6 +26,8 @@ FEATURES = {
 KERNELS = ("forward", "backward_dkdv", "backward_dq", "backward_bias", "decode", "weights")
 # Of the forward kernel: ways to run that a table of measurements may choose, besides the one ours does.
 FORWARD_WAYS = ("persistent", "pointers", "descriptors")
+# Of the kernel of the mask's gradient: what it sums over, besides batch and heads.
+BIAS_WAYS = ("summed over queries", "summed over keys")
 
 
 def attention() -> Iterator[Entry]:
@@ -44,6 +46,9 @@ def attention() -> Iterator[Entry]:
                     yield _entry(kernel, dtype, head_dim, target, chosen, precision)
     for head_dim, way, bounds in product((64, 128), FORWARD_WAYS, FEATURES["bounds"][:2]):
         yield _entry("forward", "bfloat16", head_dim, "sm_90", {"bounds": bounds}, "ieee", way)
+    for target, way in product(TARGETS, BIAS_WAYS):
+        chosen = {"bounds": "causal", "mask": "additive"}
+        yield _entry("backward_bias", "bfloat16", 64, target, chosen, "ieee", way)
     for target, chosen, kernel in product(TARGETS, _combinations(), KERNELS):
         ways = chosen | {"mask": "additive"} if kernel == "backward_bias" else chosen
         if ways["sequences"] != "packed" or kernel not in ("decode", "weights"):
@@ -146,13 +151,14 @@ def _entry(
     features, sequences = _features(chosen)
     arguments = _arguments(dtype, head_dim, features, sequences)
     block = tuning.power_of_two(head_dim)
-    if way == "descriptors" or (not way and tiles.descriptors and target in ("sm_90", "sm_100")):
+    # As the launch does: descriptors copy whole rows.
+    if way == "descriptors" or (not way and tiles.descriptors and block == head_dim):
         described = f"tensordesc<{POINTERS[dtype][1:]}[1, 1, {tiles.columns}, {block}]>"
         arguments |= {"k_descriptor": described, "v_descriptor": described}
     constants = {
         "GROUP": 4 if chosen.get("group") else 1, "D": head_dim, "DV": head_dim, "BLOCK_D": block, "BLOCK_DV": block,
-        "PRECISION": precision, "PERSISTENT": way == "persistent", "SPECIALIZE": False, "SUM_M": False, "SUM_N": False,
-        "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns,
+        "PRECISION": precision, "PERSISTENT": way == "persistent", "SPECIALIZE": False, "SUM_M": way == BIAS_WAYS[0],
+        "SUM_N": way == BIAS_WAYS[1], "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns,
     }  # fmt: skip
     tags = {"dtype": dtype, "head_dim": f"D={head_dim}", "precision": precision, "way": way}
     tags |= {name: chosen.get(name, ways[0]) for name, ways in FEATURES.items()}
