@@ -7,14 +7,20 @@ from pathlib import Path
 
 INTERPRETER = "interpreter"
 
+# Bytes of shared memory that the default tiles may take; GPUs not made for data centres have 99 KiB.
+ROOMY = 160 << 10
+
 # Most queries, those of a group's heads together, for which packing them into one tile pays.
 DECODE_ROWS = 64
 
 # Multiprocessors and bytes of shared memory a program may use, of each architecture's common data-centre part.
 TYPICAL = {
     "sm_80": (108, 163 << 10),  # A100
+    "sm_86": (84, 99 << 10),  # A40, RTX 3090
+    "sm_89": (142, 99 << 10),  # L40, RTX 4090
     "sm_90": (132, 227 << 10),  # H100, H200
     "sm_100": (148, 227 << 10),  # B200
+    "sm_120": (188, 99 << 10),  # RTX PRO 6000
     "gfx942": (304, 64 << 10),  # MI300X
 }
 
@@ -60,11 +66,12 @@ class Tiles:
 
 
 @functools.cache
-def table(arch: str) -> dict:
-    """The tuned table shipped for ``arch``, or the untuned defaults where none is."""
+def table(arch: str, shared_memory: int = 0) -> dict:
+    """The table shipped for ``arch``; where none is, the one for kin, for little shared memory, or the defaults."""
     folder = Path(__file__).parent / "tuned"
+    kin = "gfx942" if arch.startswith("gfx") else "small" if 0 < shared_memory < ROOMY else "defaults"
     path = folder / f"{arch}.json"
-    return json.loads((path if path.is_file() else folder / "defaults.json").read_text())
+    return json.loads((path if path.is_file() else folder / f"{kin}.json").read_text())
 
 
 def is_measured(arch: str) -> bool:
@@ -83,16 +90,17 @@ def power_of_two(size: int, least: int = 16) -> int:
 
 
 @functools.cache
-def attention_tiles(operation: str, head_dim: int, dtype_bits: int, arch: str, masked: bool = False) -> Tiles:
+def attention_tiles(operation: str, head_dim: int, dtype_bits: int, device: Device, masked: bool = False) -> Tiles:
     """Tiles for ``operation``, a key of the tables, at the larger of the two head dims.
 
     A mask takes shared memory and registers of its own: a row's "masked" says what to change for it.
     """
-    if arch == INTERPRETER:
+    if device.arch == INTERPRETER:
         # Small, so that small test shapes still cross tile borders.
         rows = DECODE_ROWS if operation == "attention_decode" else 32
         return Tiles(rows, columns=16, num_warps=1, num_stages=1)
-    rows = [row for row in table(arch)[operation] if row["dtype_bits"] == dtype_bits]
+    rows = table(device.arch, device.shared_memory)[operation]
+    rows = [row for row in rows if row["dtype_bits"] == dtype_bits]
     row = min((row for row in rows if row["head_dim"] >= head_dim), key=lambda row: row["head_dim"])
     row = row | row.get("masked", {}) if masked else row
     options = {name: row[name] for name in ("persistent", "descriptors", "specialize") if name in row}

@@ -60,7 +60,7 @@ def test_covering_subset_is_small_and_loses_no_pair():
     entries = catalogue()
     chosen = covering(entries)
     assert set().union(*(e.pairs() for e in chosen)) == set().union(*(e.pairs() for e in entries))
-    assert len(chosen) <= 130, "too many for every run of the tests"
+    assert len(chosen) <= 140, "too many for every run of the tests"
     assert {e.target for e in chosen} == set(TARGETS)
     assert {e.kernel for e in chosen} == {e.kernel for e in entries}
 
@@ -222,6 +222,6 @@ def test_attention_in_16_bits_spills_nothing_on_hopper():
     """
     budgets = spill_budgets()["sm_90"]
     for kernel in ("attention_forward_kernel", "attention_backward_dkdv_kernel", "attention_backward_dq_kernel"):
-        plain = {variant for variant in budgets.get(kernel, {}) if re.fullmatch(r"\w+16 D=(16|64|128|256) unmasked", variant)}
+        plain = {name for name in budgets.get(kernel, {}) if re.fullmatch(r"\w+16 D=(16|64|128|256) unmasked", name)}
         assert plain <= ({"bfloat16 D=256 unmasked"} if "dkdv" in kernel else set()), kernel
         assert any(e.name == kernel and e.variant == "bfloat16 D=128 unmasked" for e in catalogue())

@@ -5,7 +5,7 @@ import torch
 
 from seqcore.kernels import tuning
 from seqcore.kernels.tuning import Tiles
-from seqcore.ops.attention_problem import Problem
+from seqcore.ops.attention_arguments import Arguments
 
 from .attention_twins import (
     FEATURES,
@@ -74,7 +74,7 @@ def test_more_packed_sequences_than_are_searched_at_a_time(device):
     assert_like_reference(*qkv(1, M=35, N=35, D=4, device=device), **sequences)
 
 
-@pytest.mark.parametrize("window", [(0, 0), (5, 3), (30, None), (None, 4), (2**31 - 1, 2**40)], ids=str)
+@pytest.mark.parametrize("window", [(0, 0), (5, 3), (30, None), (None, 4), (2**31 - 1, 2**31 - 1)], ids=str)
 @pytest.mark.parametrize("causal", [None, "top_left", "lower_right"])
 def test_windows(window, causal, device):
     assert_like_reference(*qkv(1, 1, M=M, N=N, D=D, device=device), window=window, causal=causal)
@@ -178,8 +178,8 @@ def test_any_tiles_will_do(rows, columns, kind, device, monkeypatch):
 @pytest.fixture
 def described(monkeypatch):
     """What each launch was given as descriptors."""
-    found, descriptors = [], Problem.descriptors
-    monkeypatch.setattr(Problem, "descriptors", lambda *given: found.append(descriptors(*given)) or found[-1])
+    found, descriptors = [], Arguments.descriptors
+    monkeypatch.setattr(Arguments, "descriptors", lambda *given: found.append(descriptors(*given)) or found[-1])
     return found
 
 

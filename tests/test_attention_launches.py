@@ -10,7 +10,7 @@ from triton.runtime import driver, jit
 
 from seqcore import backends, functional
 from seqcore.kernels.tuning import Device
-from seqcore.ops import attention, attention_problem
+from seqcore.ops import attention, attention_arguments
 from seqcore.testing import aot
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what it launches")
@@ -21,8 +21,11 @@ B, H, H_KV, M, N, D = 2, 4, 2, 200, 300, 64
 class Absent:
     """As much of a driver as the compiler asks for."""
 
+    def __init__(self, arch):
+        self.arch = arch
+
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
 
     def get_current_device(self):
         return 0
@@ -32,8 +35,13 @@ class Absent:
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """Names of the kernels launched, each compiled for sm_90 and not run."""
+def arch():
+    return "sm_90"
+
+
+@pytest.fixture
+def launched(monkeypatch, arch):
+    """Names of the kernels launched, each compiled and not run."""
     found = {}
 
     def compiled(kernel, grid):
@@ -43,9 +51,9 @@ def launched(monkeypatch):
 
         return launch
 
-    monkeypatch.setattr(driver, "_active", Absent())
+    monkeypatch.setattr(driver, "_active", Absent(arch))
     monkeypatch.setattr(jit.JITFunction, "__getitem__", compiled)
-    monkeypatch.setattr(attention_problem, "describe", lambda device: Device("sm_90"))
+    monkeypatch.setattr(attention_arguments, "describe", lambda device: Device(arch))
     monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
     monkeypatch.setattr(backends, "why_not_triton", lambda request: [])
     return found
@@ -110,3 +118,12 @@ def test_descriptors_where_alignment_allows(aligned, launched):
     functional.attention(q, k, v, backend="triton")
     used = "cp.async.bulk.tensor" in launched["attention_forward_kernel"].asm["ptx"]
     assert used == aligned
+
+
+@pytest.mark.parametrize("arch", ["sm_89"])
+@pytest.mark.parametrize("sizes", [(H, H, M, N, 128), (8, 1, 8, 4000, 64)], ids=["tiles", "decode"])
+def test_everything_fits_little_shared_memory(sizes, launched, arch):
+    options = {**CASES["everything"][0], "attn_mask": torch.randn(sizes[2], sizes[3]), "sinks": torch.randn(sizes[0])}
+    run(**options | {"sizes": sizes, "alibi_slopes": torch.rand(sizes[0])})
+    assert len(launched) >= 4
+    assert all(kernel.metadata.shared <= Device(arch).shared_memory for kernel in launched.values())

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqcore.kernels import tuning
-from seqcore.ops import attention_launch, attention_problem
+from seqcore.ops import attention_arguments, attention_launch
 
 from .attention_twins import assert_like_reference, beside, ends, features, kernels, operands, qkv, results
 
@@ -70,7 +70,7 @@ def test_nothing_is_read_or_written_beside_the_tensors(kind, device, monkeypatch
     guarded = SimpleNamespace(**vars(torch) | made)
     with monkeypatch.context() as patch:
         patch.setattr(attention_launch, "torch", guarded)
-        patch.setattr(attention_problem, "torch", guarded)
+        patch.setattr(attention_arguments, "torch", guarded)
         found = results(kernels, *tensors, **options)
     # out, lse, rows, delta, dq, dk and dv, and what parts leave, at least.
     assert len(guards.buffers) - given >= 7 + 2 * (kind == "decode")

@@ -9,8 +9,8 @@ Source: Dao, FlashAttention-2 (2023), section 3.1.2, with the log-sum-exp's own 
 import triton
 import triton.language as tl
 
-from .layout import head_ptr, load_rows, locate, row_stride, store_rows
-from .scores import dropout_keeps, queries_of, scores, seeing_queries, visible_keys
+from .layout import head_ptr, load_rows, locate, row_offsets, row_stride, store_rows
+from .scores import dropout_keeps, probabilities, queries_of, scores, seeing_queries, visible_keys
 
 
 @triton.jit(do_not_specialize=["H", "M"])
@@ -41,13 +41,21 @@ def attention_backward_delta_kernel(
 
 
 @triton.jit
+def load_statistics(row_max_ptr, row_scale_ptr, delta_ptr, place, head, H, M, offs_m):
+    """What forward left of each row, and delta; zeros past the sequence's rows, which then weigh nothing."""
+    row = row_offsets(place, head, H, M, offs_m)
+    inside = offs_m < place.rows
+    row_max = tl.load(row_max_ptr + row, mask=inside, other=0.0)
+    row_scale = tl.load(row_scale_ptr + row, mask=inside, other=0.0)
+    return row_max, row_scale, tl.load(delta_ptr + row, mask=inside, other=0.0)
+
+
+@triton.jit
 def gradients(
     logits, dp, row_max, row_scale, delta, queries, start_n, features, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
     """P as it meets V, and dS; of queries comes row_max, row_scale and delta, in the shape of ``queries.m``."""
-    base = tl.where(row_max == float("-inf"), 0.0, row_max)
-    # Scores rebuilt in other tiles may pass row_max by a rounding.
-    p = tl.exp2(tl.minimum(logits - base, 0.0)) * row_scale
+    p = probabilities(logits, row_max, row_scale)
     met = p
     if features.seed_ptr is not None:
         keep = dropout_keeps(queries, start_n, features, BLOCK_N, TRANSPOSED)
@@ -80,10 +88,9 @@ def _accumulate_dkdv(
         dout_ptr = head_ptr(dout, place.batch, head, place.first_row)
         q_tile = load_rows(q_ptr, row_stride(q), offs_m, place.rows, D, BLOCK_D)
         dout_tile = load_rows(dout_ptr, row_stride(dout), offs_m, place.rows, DV, BLOCK_DV)
-        row = (place.batch.to(tl.int64) * H_KV * GROUP + head) * M + place.first_row + offs_m
-        row_max = tl.load(row_max_ptr + row, mask=offs_m < place.rows, other=0.0)
-        row_scale = tl.load(row_scale_ptr + row, mask=offs_m < place.rows, other=0.0)
-        delta = tl.load(delta_ptr + row, mask=offs_m < place.rows, other=0.0)
+        row_max, row_scale, delta = load_statistics(
+            row_max_ptr, row_scale_ptr, delta_ptr, place, head, H_KV * GROUP, M, offs_m
+        )
         queries = queries_of(offs_m[None, :], place, head, H_KV * GROUP, features)
         product = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         logits, slope = scores(product, queries, offs_n[:, None], features, EDGE)
@@ -215,10 +222,9 @@ def attention_backward_dq_kernel(
     dout_ptr = head_ptr(dout, place.batch, place.head, place.first_row)
     q_tile = load_rows(q_ptr, row_stride(q), offs_m, place.rows, D, BLOCK_D)
     dout_tile = load_rows(dout_ptr, row_stride(dout), offs_m, place.rows, DV, BLOCK_DV)
-    row = (place.batch.to(tl.int64) * H + place.head) * M + place.first_row + offs_m
-    row_max = tl.load(row_max_ptr + row, mask=offs_m < place.rows, other=0.0)
-    row_scale = tl.load(row_scale_ptr + row, mask=offs_m < place.rows, other=0.0)
-    delta = tl.load(delta_ptr + row, mask=offs_m < place.rows, other=0.0)
+    row_max, row_scale, delta = load_statistics(
+        row_max_ptr, row_scale_ptr, delta_ptr, place, place.head, H, M, offs_m
+    )
 
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     begin, whole, end = visible_keys(place, features, BLOCK_M, BLOCK_N)

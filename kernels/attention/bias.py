@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .backward import gradients
+from .backward import gradients, load_statistics
 from .layout import head_ptr, load_rows, locate, place_at, row_stride
 from .scores import queries_of, scores, seeing_queries, visible_keys
 
@@ -28,10 +28,7 @@ def _score_gradient(
     v_tile = load_rows(v_ptr, row_stride(v), offs_n, place.columns, DV, BLOCK_DV)
     dout_tile = load_rows(dout_ptr, row_stride(dout), offs_m, place.rows, DV, BLOCK_DV)
     dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
-    row = (place.batch.to(tl.int64) * H + head) * M + place.first_row + offs_m
-    row_max = tl.load(row_max_ptr + row, mask=offs_m < place.rows, other=0.0)
-    row_scale = tl.load(row_scale_ptr + row, mask=offs_m < place.rows, other=0.0)
-    delta = tl.load(delta_ptr + row, mask=offs_m < place.rows, other=0.0)
+    row_max, row_scale, delta = load_statistics(row_max_ptr, row_scale_ptr, delta_ptr, place, head, H, M, offs_m)
     _, ds = gradients(
         logits, dp, row_max[:, None], row_scale[:, None], delta[:, None], queries, start_n, features, BLOCK_N, False
     )

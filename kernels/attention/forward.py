@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..activations import LN_2, LOG2_E
-from .layout import head_ptr, load_rows, locate, row_stride, store_rows
+from .layout import head_ptr, load_rows, locate, row_offsets, row_stride, store_rows
 from .scores import dropout_keeps, queries_of, scores, visible_keys
 
 
@@ -126,7 +126,7 @@ def _forward_tile(
     rows = place.rows if sequences.packed is not None else M
     out_ptr = head_ptr(out, place.batch, place.head, place.first_row)
     store_rows(out_ptr, row_stride(out), out_tile, offs_m, rows, DV, BLOCK_DV)
-    row = (place.batch.to(tl.int64) * H + place.head) * M + place.first_row + offs_m
+    row = row_offsets(place, place.head, H, M, offs_m)
     tl.store(lse_ptr + row, lse, mask=offs_m < rows)
     tl.store(row_max_ptr + row, row_max, mask=offs_m < rows)
     tl.store(row_scale_ptr + row, row_scale, mask=offs_m < rows)

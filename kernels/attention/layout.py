@@ -135,6 +135,12 @@ def head_ptr(matrix, batch, head, first_row):
 
 
 @triton.jit
+def row_offsets(place, head, H, M, offs_m):
+    """Where a head's rows stand in a contiguous [B, H, M]."""
+    return (place.batch.to(tl.int64) * H + head) * M + place.first_row + offs_m
+
+
+@triton.jit
 def row_stride(matrix):
     """In elements."""
     return matrix.stride_row * matrix.unit

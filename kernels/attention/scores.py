@@ -119,6 +119,14 @@ def scores(product, queries, n, features, EDGE: tl.constexpr):
 
 
 @triton.jit
+def probabilities(logits, row_max, row_scale):
+    """Softmax from what forward left of a row: its largest score, and one over the sum of exp2(score - largest)."""
+    base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    # Scores rebuilt in other tiles may pass row_max by a rounding.
+    return tl.exp2(tl.minimum(logits - base, 0.0)) * row_scale
+
+
+@triton.jit
 def may_attend(queries, n, features):
     """Whether position alone lets each pair attend."""
     visible = (queries.m < queries.rows) & (n < queries.columns)

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .layout import head_ptr, load_rows, locate, row_stride
-from .scores import dropout_keeps, queries_of, scores
+from .layout import head_ptr, load_rows, locate, row_offsets, row_stride
+from .scores import dropout_keeps, probabilities, queries_of, scores
 
 
 @triton.jit(do_not_specialize=["B", "H", "M", "N"])
@@ -45,11 +45,10 @@ def attention_weights_kernel(
         queries = queries_of(offs_m[:, None], place, head, H, features)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         logits, _ = scores(product, queries, offs_n[None, :], features, True)
-        row = (place.batch.to(tl.int64) * H + head) * M + offs_m
+        row = row_offsets(place, head, H, M, offs_m)
         row_max = tl.load(row_max_ptr + row, mask=offs_m < place.rows, other=0.0)
         row_scale = tl.load(row_scale_ptr + row, mask=offs_m < place.rows, other=0.0)
-        base = tl.where(row_max == float("-inf"), 0.0, row_max)
-        p = tl.exp2(tl.minimum(logits - base[:, None], 0.0)) * row_scale[:, None]
+        p = probabilities(logits, row_max[:, None], row_scale[:, None])
         if features.seed_ptr is not None:
             p = tl.where(dropout_keeps(queries, start_n, features, BLOCK_N, False), p * features.kept_scale, 0.0)
         total += p

@@ -34,7 +34,8 @@ def scaled_dot_product_attention(
     Args:
         query: [*, M, D], leading dimensions broadcasting with key's and value's; [*, H, M, D] with ``enable_gqa``.
         key, value: [*, N, D] and [*, N, DV]; with ``enable_gqa`` H may be a multiple of their H_kv.
-        attn_mask: broadcasts to [*, M, N]; bool (True may attend) or float, added to the scores.
+        attn_mask: broadcasts to [*, M, N]; bool (True may attend), or added to the scores, in the query's dtype or
+            float32.
         dropout_p: probability, applied whenever it is not 0, as in torch.
         is_causal: query m sees keys n <= m (top-left aligned). Not together with ``attn_mask``, as in torch.
         scale: D ** -0.5 by default.
@@ -88,16 +89,19 @@ def attention(
     Args:
         query, key, value, attn_mask, scale, enable_gqa, backend: as there. ``attn_mask`` goes with ``causal``.
         causal: None, "top_left" (query m sees keys n <= m) or "lower_right" (n <= m + N - M).
-        window: (left, right), how many keys before and after its own position a query sees; None is unbounded.
+        window: (left, right), how many keys before and after its own position a query sees; None is unbounded. Query m
+            stands at key m with "top_left", at key m + N - M otherwise, M and N being the sequence's own lengths.
         softcap: c > 0 replaces the scaled score s by c tanh(s / c); 0 is off.
-        alibi_slopes: [H]; subtracts slope * distance from the score.
+        alibi_slopes: [H]; subtracts slope * distance from the score, distance counted from where the query stands.
         sinks: [H] logits of one more key a head, of value zero; takes gradients.
-        query_lengths, key_lengths: [B] integers; queries past theirs give zeros, keys past theirs are not seen.
-        cu_seqlens_q, cu_seqlens_k: [S + 1] integers, where sequences laid end to end begin and the last one ends;
+        query_lengths, key_lengths: [B] int32 or int64, B the first of the leading dimensions; queries past theirs give
+            zeros, keys past theirs are not seen.
+        cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64, where sequences laid end to end begin and the last one ends;
             query is then [H, M, D], key [H_kv, N, D] and value [H_kv, N, DV].
         dropout_p: probability of dropping a weight.
         dropout_seed: makes the dropout repeatable; drawn from torch's generator by default. Not for "aten".
-        return_lse: also return the natural log-sum-exp of the scores, [*, H, M] float32 or better, differentiable.
+        return_lse: also return the natural log-sum-exp of the scores, [*, H, M] float32 or better, differentiable. A
+            mask of -1e38 and below counts as -2.4e38 in the kernels, which compute in base 2.
         return_weights: also return the weights in out's dtype: "average", [*, M, N], their mean over heads, made
             without a matrix of each head; or "per_head", [*, H, M, N], in plain PyTorch. Not with cu_seqlens.
 
@@ -131,6 +135,11 @@ def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> 
         "causal lower_right": problem.causal == "lower_right",
         "mask": mask is not None,
         "mask with causal": mask is not None and problem.causal is not None,
+        "scale that is not positive": problem.scale <= 0,
+        # torch's kernels have read it as if it were half (pytorch issue 191612).
+        "float32 mask beside half queries": (
+            mask is not None and mask.is_cuda and mask.dtype == torch.float32 and problem.query.itemsize == 2
+        ),
         "mask with gradient": mask is not None and mask.requires_grad and torch.is_grad_enabled(),
         "grouped heads": problem.grouped,
         "log-sum-exp": return_lse,
@@ -155,12 +164,16 @@ def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> 
 
 def _reference(problem: Problem, return_weights: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
     query, key, value = cast(problem.query, problem.key, problem.value)
-    result = reference.attention(
+    if problem.lead:
+        # Rows of weights are one query's of one head, even where only values differ between heads or sequences.
+        query = query.expand(*problem.lead, *query.shape[-2:])
+    else:
+        query, key, value = query[None], key[None], value[None]
+    out, lse, weights = reference.attention(
         query, key, value, attn_mask=problem.mask, causal=problem.causal, scale=problem.scale, **problem.options
     )
-    # A query without heads has nothing to average over.
-    average = return_weights == "average" and result.weights.dim() > 2
-    return result.out, result.lse, result.weights.mean(-3) if average else result.weights
+    weights = weights.mean(-3, keepdim=not problem.lead) if return_weights == "average" else weights
+    return (out, lse, weights) if problem.lead else (out[0], lse[0], weights[0])
 
 
 def _triton(problem: Problem, return_weights: str | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,6 +1,5 @@
 """What attention may be given. Everything is checked here, before any launch."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .autocast import autocasting
+from .autocast import autocasting, target_dtype
 from .values import readable
 
 NAME = "attention"
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -60,12 +60,12 @@ def check_attention(
     M, N = query.shape[-2], key.shape[-2]
     if causal not in (None, "top_left", "lower_right"):
         raise InvalidInput(f"{NAME}: causal must be None, 'top_left' or 'lower_right', got {causal!r}")
-    if scale is not None and not math.isfinite(scale):
-        raise InvalidInput(f"{NAME}: scale must be finite, got {scale}")
-    if not 0 <= dropout_p <= 1:
-        raise InvalidInput(f"{NAME}: dropout_p must lie in 0 … 1, got {dropout_p}")
-    if not 0 <= softcap < math.inf:
-        raise InvalidInput(f"{NAME}: softcap must be positive and finite, or 0 for none, got {softcap}")
+    if scale is not None and not (_is_number(scale) and abs(scale) <= LARGEST):
+        raise InvalidInput(f"{NAME}: scale must be a number that float32 holds, or None, got {scale!r}")
+    if not (_is_number(dropout_p) and 0 <= dropout_p <= 1):
+        raise InvalidInput(f"{NAME}: dropout_p must be a number in 0 … 1, got {dropout_p!r}")
+    if not (_is_number(softcap) and 0 <= softcap <= LARGEST):
+        raise InvalidInput(f"{NAME}: softcap must be positive and within float32, or 0 for none, got {softcap!r}")
     if return_weights not in (None, "average", "per_head"):
         raise InvalidInput(f"{NAME}: return_weights must be None, 'average' or 'per_head', got {return_weights!r}")
     _check_mask(attn_mask, query, (*lead, M, N))
@@ -112,8 +112,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise InvalidInput(f"{NAME}: {name} must be at least 2-D, [*, rows, head dim], got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise InvalidInput(f"{NAME}: {name} must be floating point, got {tensor.dtype}")
-    alike = {"device": query.device == key.device == value.device, "dtype": query.dtype == key.dtype == value.dtype}
-    alike["dtype"] = alike["dtype"] or autocasting(query.device.type)
+    alike = {
+        "device": query.device == key.device == value.device,
+        "dtype": target_dtype(query) == target_dtype(key) == target_dtype(value),
+    }
     for what, same in alike.items():
         if not same:
             shown = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in named.items())
@@ -172,12 +174,19 @@ def _check_mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> N
         raise InvalidInput(f"{NAME}: attn_mask must broadcast to {list(shape)}, got {list(mask.shape)}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
+
+
 def _check_window(window: tuple[int | None, int | None] | None) -> None:
     if window is None:
         return
     sides = window if isinstance(window, tuple | list) else ()
-    if len(sides) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in sides):
-        raise InvalidInput(f"{NAME}: window must be (left, right), each None or an integer >= 0, got {window}")
+    if len(sides) != 2 or any(side is not None and not (isinstance(side, int) and 0 <= side < 2**31) for side in sides):
+        raise InvalidInput(
+            f"{NAME}: window must be (left, right), each None, which is unbounded, or an integer in 0 … 2^31 - 1, got "
+            f"{window}"
+        )
 
 
 def _seed(seed: int | Tensor | None, query: Tensor) -> Tensor | None:
@@ -199,8 +208,10 @@ def _check_vector(name: str, vector: Tensor, size: int, query: Tensor, floating:
     if not isinstance(vector, Tensor) or tuple(vector.shape) != (size,):
         got = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise InvalidInput(f"{NAME}: {name} must be a Tensor of shape [{size}], got {got}")
-    if vector.is_floating_point() != floating or vector.dtype == torch.bool:
-        raise InvalidInput(f"{NAME}: {name} must be {'floating point' if floating else 'integers'}, got {vector.dtype}")
+    if not (vector.is_floating_point() if floating else vector.dtype in (torch.int32, torch.int64)):
+        raise InvalidInput(
+            f"{NAME}: {name} must be {'floating point' if floating else 'int32 or int64'}, got {vector.dtype}"
+        )
     if vector.device != query.device:
         raise InvalidInput(f"{NAME}: {name} must be on the query's device {query.device}, got {vector.device}")
 

@@ -18,7 +18,7 @@ from ..reference.recurrence import wide
 from . import attention_launch as kernels
 from .library import define, interpreted
 
-PROBLEM = (
+SIGNATURE = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? q_lengths, Tensor? k_lengths, "
     "Tensor? seed, bool packed, str causal, int? left, int? right, float scale, float softcap, float dropout_p"
 )
@@ -110,18 +110,18 @@ def _weights_fake(rows, q, k, v, *problem):
     return torch.empty(q.shape[0], q.shape[2], k.shape[2], dtype=wide(q.dtype), device=q.device)
 
 
-define("attention_forward", f"({PROBLEM}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
+define("attention_forward", f"({SIGNATURE}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
 define(
     "attention_backward",
-    f"(Tensor? dout, Tensor? dlse, Tensor out, Tensor rows, bool[] wanted, {PROBLEM}) "
+    f"(Tensor? dout, Tensor? dlse, Tensor out, Tensor rows, bool[] wanted, {SIGNATURE}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-define("attention_weights", f"(Tensor rows, {PROBLEM}) -> Tensor", _weights, _weights_fake)
+define("attention_weights", f"(Tensor rows, {SIGNATURE}) -> Tensor", _weights, _weights_fake)
 define(
     "attention_weights_backward",
-    f"(Tensor dweights, bool[] wanted, {PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dweights, bool[] wanted, {SIGNATURE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _weights_backward,
     _weights_backward_fake,
 )

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .attention_problem import Problem, blocks, with_columns
+from .attention_arguments import Arguments, blocks, with_columns
 
 # Tiles of kernels that multiply nothing.
 ROWS = 64
@@ -16,40 +16,40 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor, 
     """out, lse and rows."""
     from ..kernels.attention.forward import attention_forward_kernel
 
-    problem = Problem(q, k, v, *options)
-    out = problem.blank((*q.shape[:3], v.shape[3]), q.dtype)
-    lse = problem.blank(q.shape[:3], torch.float32, -math.inf)
-    rows = problem.blank((2, *q.shape[:3]), torch.float32)
+    given = Arguments(q, k, v, *options)
+    out = given.blank((*q.shape[:3], v.shape[3]), q.dtype)
+    lse = given.blank(q.shape[:3], torch.float32, -math.inf)
+    rows = given.blank((2, *q.shape[:3]), torch.float32)
     if not lse.numel():
         return out, lse, rows
-    tiles = problem.tiles("attention_decode")
-    if splits := problem.splits(tiles):
-        _decode(problem, splits, tiles, out, lse, rows)
+    tiles = given.tiles("attention_decode")
+    if splits := given.splits(tiles):
+        _decode(given, splits, tiles, out, lse, rows)
         return out, lse, rows
-    tiles = problem.tiles("attention_forward")
-    count = problem.count(tiles.rows)
-    programs = min(count, tiles.persistent * problem.device.multiprocessors) if tiles.persistent else count
+    tiles = given.tiles("attention_forward")
+    count = given.count(tiles.rows)
+    programs = min(count, tiles.persistent * given.device.multiprocessors) if tiles.persistent else count
     attention_forward_kernel[(programs,)](
-        problem.q, problem.k, problem.v, problem.matrix(out), lse, *rows, *problem.descriptors(tiles),
-        problem.features, problem.sequences, count, *problem.sizes, problem.section(), **problem.constants,
+        given.q, given.k, given.v, given.matrix(out), lse, *rows, *given.descriptors(tiles),
+        given.features, given.sequences, count, *given.sizes, given.section(), **given.constants,
         PERSISTENT=tiles.persistent > 0, SPECIALIZE=tiles.specialize, **blocks(tiles),
     )  # fmt: skip
     return out, lse, rows
 
 
-def _decode(problem: Problem, splits: int, tiles, out: Tensor, lse: Tensor, rows: Tensor) -> None:
+def _decode(given: Arguments, splits: int, tiles, out: Tensor, lse: Tensor, rows: Tensor) -> None:
     from ..kernels.attention.decode import attention_combine_kernel, attention_decode_kernel
 
-    batch, heads, M, N = problem.sizes
-    constants, count = problem.constants, lse.numel()
+    batch, heads, M, N = given.sizes
+    constants, count = given.constants, lse.numel()
     part = torch.empty(splits, count, constants["DV"], dtype=torch.float32, device=out.device)
     part_max, part_sum = torch.empty(2, splits, count, dtype=torch.float32, device=out.device)
-    attention_decode_kernel[(batch * problem.heads_kv * splits,)](
-        problem.q, problem.k, problem.v, part, part_max, part_sum, problem.features, problem.sequences,
-        problem.heads_kv, M, N, splits, **constants, **blocks(tiles.fitting(constants["GROUP"] * M)),
+    attention_decode_kernel[(batch * given.heads_kv * splits,)](
+        given.q, given.k, given.v, part, part_max, part_sum, given.features, given.sequences,
+        given.heads_kv, M, N, splits, **constants, **blocks(tiles.fitting(constants["GROUP"] * M)),
     )  # fmt: skip
     attention_combine_kernel[(-(-count // COMBINED_ROWS),)](
-        part, part_max, part_sum, out, lse, *rows, problem.features, count, heads, M, splits, DV=constants["DV"],
+        part, part_max, part_sum, out, lse, *rows, given.features, count, heads, M, splits, DV=constants["DV"],
         BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=COMBINED_ROWS, num_warps=4,
     )  # fmt: skip
 
@@ -61,67 +61,67 @@ def backward(
     """Gradients of q, k, v, mask and sinks; None for those that are not wanted."""
     from ..kernels.attention import backward as kernels
 
-    problem = Problem(q, k, v, mask, slopes, sinks, *options)
+    given = Arguments(q, k, v, mask, slopes, sinks, *options)
     want_q, want_k, want_v, want_mask, want_sinks = wanted
     dout = torch.zeros_like(out) if dout is None else with_columns(dout)
     delta = torch.empty_like(rows[0])
     heads, M = q.shape[1:3]
     if delta.numel():
         kernels.attention_backward_delta_kernel[(q.shape[0] * heads * -(-M // ROWS),)](
-            problem.matrix(out), problem.matrix(dout), None if dlse is None else dlse.contiguous(), delta, heads, M,
-            DV=problem.constants["DV"], BLOCK_DV=problem.constants["BLOCK_DV"], BLOCK_M=ROWS, num_warps=4,
+            given.matrix(out), given.matrix(dout), None if dlse is None else dlse.contiguous(), delta, heads, M,
+            DV=given.constants["DV"], BLOCK_DV=given.constants["BLOCK_DV"], BLOCK_M=ROWS, num_warps=4,
         )  # fmt: skip
-    inputs = (problem.q, problem.k, problem.v, problem.matrix(dout), *rows, delta)
-    dq = _dq(problem, inputs, q) if want_q else None
-    dk, dv = _dkdv(problem, inputs, k, v) if want_k or want_v else (None, None)
-    dmask = _dmask(problem, inputs, mask) if want_mask else None
+    inputs = (given.q, given.k, given.v, given.matrix(dout), *rows, delta)
+    dq = _dq(given, inputs, q) if want_q else None
+    dk, dv = _dkdv(given, inputs, k, v) if want_k or want_v else (None, None)
+    dmask = _dmask(given, inputs, mask) if want_mask else None
     dsinks = _dsinks(sinks, rows, delta) if want_sinks else None
     return dq, dk, dv, dmask, dsinks
 
 
-def _dq(problem: Problem, inputs: tuple, q: Tensor) -> Tensor:
+def _dq(given: Arguments, inputs: tuple, q: Tensor) -> Tensor:
     from ..kernels.attention.backward import attention_backward_dq_kernel
 
-    dq, tiles = problem.blank(q.shape, q.dtype), problem.tiles("attention_backward_dq")
+    dq, tiles = given.blank(q.shape, q.dtype), given.tiles("attention_backward_dq")
     if dq.numel():
-        attention_backward_dq_kernel[(problem.count(tiles.rows),)](
-            *inputs, problem.matrix(dq), problem.features, problem.sequences, *problem.sizes, problem.section(),
-            **problem.constants, **blocks(tiles),
+        attention_backward_dq_kernel[(given.count(tiles.rows),)](
+            *inputs, given.matrix(dq), given.features, given.sequences, *given.sizes, given.section(),
+            **given.constants, **blocks(tiles),
         )  # fmt: skip
     return dq
 
 
-def _dkdv(problem: Problem, inputs: tuple, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _dkdv(given: Arguments, inputs: tuple, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     from ..kernels.attention.backward import attention_backward_dkdv_kernel
 
-    dk, dv = problem.blank(k.shape, k.dtype), problem.blank(v.shape, v.dtype)
-    tiles, (batch, _, M, N) = problem.tiles("attention_backward_dkdv"), problem.sizes
+    dk, dv = given.blank(k.shape, k.dtype), given.blank(v.shape, v.dtype)
+    tiles, (batch, _, M, N) = given.tiles("attention_backward_dkdv"), given.sizes
     if dk.numel():
-        attention_backward_dkdv_kernel[(problem.count(tiles.columns, over_keys=True),)](
-            *inputs, problem.matrix(dk), problem.matrix(dv), problem.features, problem.sequences, batch,
-            problem.heads_kv, M, N, problem.section(over_keys=True), **problem.constants, **blocks(tiles),
+        attention_backward_dkdv_kernel[(given.count(tiles.columns, over_keys=True),)](
+            *inputs, given.matrix(dk), given.matrix(dv), given.features, given.sequences, batch,
+            given.heads_kv, M, N, given.section(over_keys=True), **given.constants, **blocks(tiles),
         )  # fmt: skip
     return dk, dv
 
 
-def _dmask(problem: Problem, inputs: tuple, mask: Tensor) -> Tensor:
+def _dmask(given: Arguments, inputs: tuple, mask: Tensor) -> Tensor:
     """Summed by the kernel along queries or keys, or along batch and heads; what else there is to sum, by torch."""
     from ..kernels.attention.bias import attention_backward_bias_kernel
 
-    (batch, heads, M, N), packed = problem.sizes, problem.packed
+    (batch, heads, M, N), packed = given.sizes, given.packed
     sum_n = mask.shape[3] < N
     sum_m = mask.shape[2] < M and not sum_n
     apart = sum_n or sum_m
     batches = 1 if packed or apart or mask.shape[0] > 1 else batch
     copies = 1 if apart or mask.shape[1] > 1 else heads
     shape = (1 if packed else batch // max(batches, 1), heads // max(copies, 1), 1 if sum_m else M, 1 if sum_n else N)
-    found = problem.blank(shape, torch.float32 if apart else mask.dtype)
-    if not problem.tensors[0].numel() or not problem.tensors[1].numel():
+    found = given.blank(shape, torch.float32 if apart else mask.dtype)
+    if not given.tensors[0].numel() or not given.tensors[1].numel():
         return torch.zeros_like(mask)
-    tiles = problem.tiles("attention_backward_bias")
-    count = problem.count(tiles.columns if sum_m else tiles.rows, sum_m, heads // copies, batches)
+    tiles = given.tiles("attention_backward_bias")
+    count = given.count(tiles.columns if sum_m else tiles.rows, sum_m, heads // copies, batches)
     attention_backward_bias_kernel[(count * (1 if apart else -(-N // tiles.columns)),)](
-        *inputs, found, problem.features, problem.sequences, *problem.sizes, batches, copies, **problem.constants,
+        *inputs, found, given.features, given.sequences, *given.sizes, batches, copies, **given.constants,
         SUM_M=sum_m, SUM_N=sum_n, **blocks(tiles),
     )  # fmt: skip
     return found.sum_to_size(mask.shape).to(mask.dtype)
@@ -132,6 +132,8 @@ def _dsinks(sinks: Tensor, rows: Tensor, delta: Tensor) -> Tensor:
     # exp(sink - lse), the sink's own part of each row.
     logits = sinks.float()[:, None] * math.log2(math.e)
     part = torch.exp2(logits - torch.where(row_max.isinf(), 0.0, row_max)) * row_scale
+    # Rows of no packed sequence have neither.
+    part = torch.where(row_scale == 0, 0.0, part)
     return -(part * delta).sum((0, 2)).to(sinks.dtype)
 
 
@@ -139,14 +141,14 @@ def weights(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, *options) -> Tensor:
     """Weights averaged over heads, [B, M, N] float32."""
     from ..kernels.attention.weights import attention_weights_kernel
 
-    problem = Problem(q, k, v, *options)
-    batch, _, M, N = problem.sizes
+    given = Arguments(q, k, v, *options)
+    batch, _, M, N = given.sizes
     found = torch.empty(batch, M, N, dtype=torch.float32, device=q.device)
     if found.numel():
-        tiles = problem.tiles("attention_weights")
-        constants = {name: problem.constants[name] for name in ("GROUP", "D", "BLOCK_D", "PRECISION")}
+        tiles = given.tiles("attention_weights")
+        constants = {name: given.constants[name] for name in ("GROUP", "D", "BLOCK_D", "PRECISION")}
         attention_weights_kernel[(batch * -(-M // tiles.rows) * -(-N // tiles.columns),)](
-            problem.q, problem.k, *rows, found, problem.features, problem.sequences, *problem.sizes, **constants,
+            given.q, given.k, *rows, found, given.features, given.sequences, *given.sizes, **constants,
             **blocks(tiles),
         )  # fmt: skip
     return found

@@ -151,8 +151,9 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key, value = repeat_heads(query, key), repeat_heads(query, value)
     grid = grid_of(query, key, value, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k)
-    query = without_padding(query, query_lengths)
-    key, value = without_padding(key, key_lengths), without_padding(value, key_lengths)
+    rank = max(query.dim(), key.dim(), value.dim())
+    query = without_padding(query, query_lengths, rank)
+    key, value = (without_padding(t, key_lengths, rank) for t in (key, value))
     logits, _ = scores(
         query, key, grid,
         attn_mask=attn_mask, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
@@ -181,12 +182,15 @@ def grid_of(
     return dense_grid(lead, M, N, query.device, query_lengths, key_lengths)
 
 
-def without_padding(tensor: Tensor, lengths: Tensor | None) -> Tensor:
-    """[B, *, rows, columns] with zeros past each sequence's length: a NaN there, times a weight of 0, would be NaN."""
+def without_padding(tensor: Tensor, lengths: Tensor | None, rank: int = 4) -> Tensor:
+    """Rows with zeros past each sequence's length: a NaN there, times a weight of 0, would be NaN.
+
+    Lengths are those of the first of ``rank`` dimensions, to which the tensor broadcasts.
+    """
     if lengths is None:
         return tensor
     row = torch.arange(tensor.shape[-2], device=tensor.device)[:, None]
-    return torch.where(row < lengths.reshape(-1, *(1,) * max(tensor.dim() - 1, 3)), tensor, 0)
+    return torch.where(row < lengths.reshape(-1, *(1,) * (rank - 1)), tensor, 0)
 
 
 def normalise(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ KERNELS = ("forward", "backward_dkdv", "backward_dq", "backward_bias", "decode",
 FORWARD_WAYS = ("persistent", "pointers", "descriptors")
 # Of the kernel of the mask's gradient: what it sums over, besides batch and heads.
 BIAS_WAYS = ("summed over queries", "summed over keys")
+# Of the decode kernel: as many queries as a tile takes, and not the fewest.
+ALL_ROWS = "all rows"
 
 
 def attention() -> Iterator[Entry]:
@@ -46,9 +48,11 @@ def attention() -> Iterator[Entry]:
                     yield _entry(kernel, dtype, head_dim, target, chosen, precision)
     for head_dim, way, bounds in product((64, 128), FORWARD_WAYS, FEATURES["bounds"][:2]):
         yield _entry("forward", "bfloat16", head_dim, "sm_90", {"bounds": bounds}, "ieee", way)
+    masked = {"bounds": "causal", "mask": "additive"}
+    for dtype, head_dim, target in product(("bfloat16", "float32"), HEAD_DIMS, TARGETS):
+        yield _entry("decode", dtype, head_dim, target, masked, precisions(dtype, target)[0], ALL_ROWS)
     for target, way in product(TARGETS, BIAS_WAYS):
-        chosen = {"bounds": "causal", "mask": "additive"}
-        yield _entry("backward_bias", "bfloat16", 64, target, chosen, "ieee", way)
+        yield _entry("backward_bias", "bfloat16", 64, target, masked, "ieee", way)
     for target, chosen, kernel in product(TARGETS, _combinations(), KERNELS):
         ways = chosen | {"mask": "additive"} if kernel == "backward_bias" else chosen
         if ways["sequences"] != "packed" or kernel not in ("decode", "weights"):
@@ -145,8 +149,8 @@ def _entry(
 ) -> Entry:
     operation = f"attention_{kernel}"
     masked = chosen.get("mask", "unmasked") != "unmasked"
-    tiles = tuning.attention_tiles(operation, head_dim, 32 if dtype == "float32" else 16, target, masked)
-    if kernel == "decode":
+    tiles = tuning.attention_tiles(operation, head_dim, 32 if dtype == "float32" else 16, tuning.Device(target), masked)
+    if kernel == "decode" and way != ALL_ROWS:
         tiles = tiles.fitting(16)
     features, sequences = _features(chosen)
     arguments = _arguments(dtype, head_dim, features, sequences)

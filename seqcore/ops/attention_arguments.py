@@ -12,7 +12,7 @@ from ..errors import UnsupportedInput
 SHARED_BYTES = 16 << 20
 
 
-class Problem:
+class Arguments:
     """One call's tensors and options, as in ``ops.attention``, in the form that kernels take them."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Problem:
         """Tile sizes for ``operation`` here, as the tables have them."""
         head_dim = max(self.constants["D"], self.constants["DV"])
         masked = self.features.mask_ptr is not None
-        return self._tuning.attention_tiles(operation, head_dim, torch.finfo(self.dtype).bits, self.device.arch, masked)
+        return self._tuning.attention_tiles(operation, head_dim, torch.finfo(self.dtype).bits, self.device, masked)
 
     def count(self, block: int, over_keys: bool = False, heads: int | None = None, batches: int = 1) -> int:
         """How many tiles ``locate`` knows, over ``heads`` (H, or H_kv over keys) and a ``batches``-th of the batch."""
@@ -103,16 +103,18 @@ class Problem:
         """How many heads are worked on at a time: all of causal attention's that the cache holds, else one."""
         if self.features.right is None:
             return 1
-        _, _, M, N = self.sizes
+        batch, heads, M, N = self.sizes
         group = self.constants["GROUP"]
         shared = M * group if over_keys else N
-        return max(1, SHARED_BYTES // max(1, shared * self.row_bytes)) * (1 if over_keys else group)
+        fitting = max(1, SHARED_BYTES // max(1, shared * self.row_bytes)) * (1 if over_keys else group)
+        # Never more than there are: section * blocks must stay within 32 bits.
+        return max(1, min(fitting, batch * (self.heads_kv if over_keys else heads)))
 
     def splits(self, tiles) -> int:
         """Among how many programs to split the keys of a few queries; 0 is for the plain kernel."""
         batch, _, M, N = self.sizes
         group = self.constants["GROUP"]
-        if self.packed or not N:
+        if self.packed or not N or group * M > tiles.rows:
             return 0
         return self._tuning.decode_splits(self.device, batch * self.heads_kv, group * M, group, -(-N // tiles.columns))
 
