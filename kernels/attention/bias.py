@@ -10,7 +10,7 @@ from .scores import queries_of, scores, seeing_queries, visible_keys
 
 @triton.jit
 def _score_gradient(
-    place, head, start_m, start_n, q, k, v, dout, row_max_ptr, row_scale_ptr, delta_ptr, features, H, M,
+    place, head, start_m, start_n, q, k, v, dout, statistics_ptr, features, H, M,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def _score_gradient(
     v_tile = load_rows(v_ptr, row_stride(v), offs_n, place.columns, DV, BLOCK_DV)
     dout_tile = load_rows(dout_ptr, row_stride(dout), offs_m, place.rows, DV, BLOCK_DV)
     dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
-    row_max, row_scale, delta = load_statistics(row_max_ptr, row_scale_ptr, delta_ptr, place, head, H, M, offs_m)
+    row_max, row_scale, delta = load_statistics(statistics_ptr, place, head, H, M, offs_m, BLOCK_M)
     _, ds = gradients(
         logits, dp, row_max[:, None], row_scale[:, None], delta[:, None], queries, start_n, features, BLOCK_N, False
     )
@@ -41,9 +41,7 @@ def attention_backward_bias_kernel(
     k,
     v,
     dout,
-    row_max_ptr,
-    row_scale_ptr,
-    delta_ptr,
+    statistics_ptr,
     dbias_ptr,
     features,
     sequences,
@@ -90,7 +88,7 @@ def attention_backward_bias_kernel(
             begin, _, end = seeing_queries(here, features, BLOCK_M, BLOCK_N)
             for start_m in range(begin, end, BLOCK_M):
                 total += _score_gradient(
-                    here, head, start_m, column, q, k, v, dout, row_max_ptr, row_scale_ptr, delta_ptr, features, H, M,
+                    here, head, start_m, column, q, k, v, dout, statistics_ptr, features, H, M,
                     GROUP, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
                 )  # fmt: skip
         else:
@@ -99,7 +97,7 @@ def attention_backward_bias_kernel(
                 begin, end = tl.maximum(begin, column), tl.minimum(end, column + BLOCK_N)
             for start_n in range(begin, end, BLOCK_N):
                 total += _score_gradient(
-                    here, head, place.start, start_n, q, k, v, dout, row_max_ptr, row_scale_ptr, delta_ptr, features,
+                    here, head, place.start, start_n, q, k, v, dout, statistics_ptr, features,
                     H, M, GROUP, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
                 )  # fmt: skip
 

@@ -120,10 +120,12 @@ def scores(product, queries, n, features, EDGE: tl.constexpr):
 
 @triton.jit
 def probabilities(logits, row_max, row_scale):
-    """Softmax from what forward left of a row: its largest score, and one over the sum of exp2(score - largest)."""
-    base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    """Softmax from what forward left of a row: its largest score, and one over the sum of exp2(score - largest).
+
+    A largest score of -inf must come as 0, for -inf - -inf is NaN.
+    """
     # Scores rebuilt in other tiles may pass row_max by a rounding.
-    return tl.exp2(tl.minimum(logits - base, 0.0)) * row_scale
+    return tl.exp2(tl.minimum(logits - row_max, 0.0)) * row_scale
 
 
 @triton.jit

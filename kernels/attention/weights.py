@@ -48,6 +48,7 @@ def attention_weights_kernel(
         row = row_offsets(place, head, H, M, offs_m)
         row_max = tl.load(row_max_ptr + row, mask=offs_m < place.rows, other=0.0)
         row_scale = tl.load(row_scale_ptr + row, mask=offs_m < place.rows, other=0.0)
+        row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
         p = probabilities(logits, row_max[:, None], row_scale[:, None])
         if features.seed_ptr is not None:
             p = tl.where(dropout_keeps(queries, start_n, features, BLOCK_N, False), p * features.kept_scale, 0.0)

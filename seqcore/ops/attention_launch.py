@@ -64,18 +64,20 @@ def backward(
     given = Arguments(q, k, v, mask, slopes, sinks, *options)
     want_q, want_k, want_v, want_mask, want_sinks = wanted
     dout = torch.zeros_like(out) if dout is None else with_columns(dout)
-    delta = torch.empty_like(rows[0])
+    # row_max, row_scale and delta side by side.
+    statistics = torch.empty(*rows.shape[1:], 4, dtype=torch.float32, device=q.device)
     heads, M = q.shape[1:3]
-    if delta.numel():
+    if statistics.numel():
         kernels.attention_backward_delta_kernel[(q.shape[0] * heads * -(-M // ROWS),)](
-            given.matrix(out), given.matrix(dout), None if dlse is None else dlse.contiguous(), delta, heads, M,
+            given.matrix(out), given.matrix(dout), None if dlse is None else dlse.contiguous(), *rows,
+            statistics, heads, M,
             DV=given.constants["DV"], BLOCK_DV=given.constants["BLOCK_DV"], BLOCK_M=ROWS, num_warps=4,
         )  # fmt: skip
-    inputs = (given.q, given.k, given.v, given.matrix(dout), *rows, delta)
+    inputs = (given.q, given.k, given.v, given.matrix(dout), statistics)
     dq = _dq(given, inputs, q) if want_q else None
     dk, dv = _dkdv(given, inputs, k, v) if want_k or want_v else (None, None)
     dmask = _dmask(given, inputs, mask) if want_mask else None
-    dsinks = _dsinks(sinks, rows, delta) if want_sinks else None
+    dsinks = _dsinks(sinks, statistics) if want_sinks else None
     return dq, dk, dv, dmask, dsinks
 
 
@@ -127,11 +129,11 @@ def _dmask(given: Arguments, inputs: tuple, mask: Tensor) -> Tensor:
     return found.sum_to_size(mask.shape).to(mask.dtype)
 
 
-def _dsinks(sinks: Tensor, rows: Tensor, delta: Tensor) -> Tensor:
-    row_max, row_scale = rows
+def _dsinks(sinks: Tensor, statistics: Tensor) -> Tensor:
+    row_max, row_scale, delta, _ = statistics.unbind(-1)
     # exp(sink - lse), the sink's own part of each row.
     logits = sinks.float()[:, None] * math.log2(math.e)
-    part = torch.exp2(logits - torch.where(row_max.isinf(), 0.0, row_max)) * row_scale
+    part = torch.exp2(logits - row_max) * row_scale
     # Rows of no packed sequence have neither.
     part = torch.where(row_scale == 0, 0.0, part)
     return -(part * delta).sum((0, 2)).to(sinks.dtype)

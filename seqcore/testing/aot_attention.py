@@ -125,7 +125,7 @@ def _arguments(dtype: str, head_dim: int, features, sequences) -> dict[str, Any]
     """What the kernels take at run time, those of all kernels together."""
     sizes = {"tiles": 256, "B": BATCH, "H": HEADS, "H_KV": HEADS, "M": LENGTH, "N": LENGTH, "section": HEADS}
     sizes |= {"batches": BATCH, "heads": HEADS, "splits": 16, "rows": BATCH * HEADS}
-    pointers = ("lse", "row_max", "row_scale", "dlse", "delta", "part", "part_max", "part_sum", "weights", "dbias")
+    pointers = ("lse", "row_max", "row_scale", "dlse", "statistics", "part", "part_max", "part_sum", "weights", "dbias")
     matrices = {name: _matrix(dtype, head_dim) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")}
     found = sizes | matrices | {f"{name}_ptr": "*fp32" for name in pointers}
     found |= {"out_ptr": POINTERS[dtype], "features": features, "sequences": sequences}
