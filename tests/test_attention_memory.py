@@ -135,8 +135,8 @@ def test_no_tensor_grows_with_queries_times_keys(kind, mask, monkeypatch):
         wanted = [True, True, True, True, "sinks" in options]
         attention_launch.backward(out, lse, out, rows, wanted, *tensors, *settings)
     assert sum(kernel.launches for kernel in kernels) == (6 if kind == "few queries" else 5)
-    # One and a half times what keys and values take, for what decoding leaves of each part.
-    assert largest.elements <= 2 * heads * n
+    # Backward's four statistics of a row are the largest, and what decoding leaves of each part is less.
+    assert largest.elements <= 4 * heads * n
 
 
 def far_apart(tensor, strides):
