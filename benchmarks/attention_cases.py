@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from benchmarks.shapes import PASSES, Sizes, powers_of_two
+from seqcore.kernels.work import Work, attention_work
 
 # Sweeps in the order of the report, and how tables call what is special about them.
 SWEEPS = {
@@ -82,6 +83,12 @@ class AttentionCase:
         """T is the number of keys, as it is wherever time grows with something."""
         sizes = {"T": self.N, "B": self.B, "M": self.M, "N": self.N, "H": self.H, "H_kv": self.key_heads, "D": self.D}
         return sizes | {"tokens": self.tokens}
+
+
+def score_work(case: AttentionCase, element_size: int) -> Work:
+    """What the case has to do: attention by itself, without projections."""
+    heads, bias = (case.H, case.key_heads), case.H * case.M * case.N if case.bias else 0
+    return attention_work(case.sequences, heads, case.D, case.pass_, element_size, case.causal, case.window, bias)
 
 
 def spread_lengths(first: int, last: int, count: int) -> tuple[int, ...]:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.flops import work
 from benchmarks.layers import DENSE, TORCH, Layer, build_layers, check, make_data, memory, passes
 from benchmarks.rows import extra_info
 from benchmarks.shapes import Case, Sizes
 from benchmarks.timing import Stopwatch, race
 from seqcore import UnsupportedInput
+from seqcore.kernels.work import work
 
 # What a suite adds to a row, from ours, torch's layer and the input.
 More = Callable[[Layer, Layer, Tensor], dict]

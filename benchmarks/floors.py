@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.flops import GATES, recurrent_flops
 from benchmarks.shapes import Case
 from benchmarks.timing import Call, Roofs, Stopwatch, Timing
 from seqcore.backends import describe
 from seqcore.kernels.recurrence import plan as plans
+from seqcore.kernels.work import GATES, recurrent_flops
 
 NEEDS_A_GPU = "needs a GPU: programs that run at the same time and wait for each other"
 SHARED_BYTES_PER_CYCLE = 128

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.flops import attention_flops, model_flops
 from benchmarks.layers import MODULES, causal_mask, make
 from benchmarks.shapes import ModelSizes, Sizes
 from benchmarks.text import Corpus
+from seqcore.kernels.work import attention_flops, model_flops
 from seqcore.testing.budget import assert_within_budget
 
 MODELS = ("lstm", "gru", "transformer")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.floors import layer_floor
-from benchmarks.flops import Work
 from benchmarks.timing import Roofs, Timing
+from seqcore.kernels.work import Work
 
 # Beside its peers' names, how ours is called in tables and plots.
 OURS = "seqcore"

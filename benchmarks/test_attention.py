@@ -5,12 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.attention_cases import AttentionCase, attention_cases
+from benchmarks.attention_cases import AttentionCase, attention_cases, score_work
 from benchmarks.attention_data import check, make_data
 from benchmarks.attention_peers import ours, peers
 from benchmarks.conftest import config_sizes, parameters
 from benchmarks.contest import where_supported
-from benchmarks.flops import score_work
 from benchmarks.rows import extra_info
 from benchmarks.shapes import Sizes
 from benchmarks.timing import Stopwatch, race

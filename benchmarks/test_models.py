@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.flops import Work
 from benchmarks.layers import TORCH
 from benchmarks.models import (
     MODELS,
@@ -21,6 +20,7 @@ from benchmarks.shapes import Sizes
 from benchmarks.text import Corpus, load_corpus
 from benchmarks.timing import Timing
 from seqcore import UnsupportedInput
+from seqcore.kernels.work import Work
 
 
 @pytest.fixture(scope="module")

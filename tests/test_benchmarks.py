@@ -13,13 +13,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from seqcore.kernels import work as speed_of_light
+
 from .benchmark_modules import ROOT, load
 
 pytest.importorskip("pytest_benchmark")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("no kernel is run here: an interpreted process has nothing to add", allow_module_level=True)
 
-answers, campaign, fits, flops = (load(name) for name in ("answers", "campaign", "fits", "flops"))
+answers, campaign, fits = (load(name) for name in ("answers", "campaign", "fits"))
 layers, report, rows, shapes, timing = (load(name) for name in ("layers", "report", "rows", "shapes", "timing"))
 
 
@@ -52,9 +54,9 @@ def test_recurrence_flops_are_those_torch_counts(op, pass_):
         if pass_ == "training":
             y.sum().backward()
     counted = counter.get_total_flops()
-    expected = flops.work(op, pass_, {"T": T, "B": B, "I": I, "H": H}, 4).flops
+    expected = speed_of_light.work(op, pass_, {"T": T, "B": B, "I": I, "H": H}, 4).flops
     # torch skips the gradient of the first state, which nobody asked for: one product of T.
-    skipped = 2 * B * flops.GATES[op] * H * H if pass_ == "training" else 0
+    skipped = 2 * B * speed_of_light.GATES[op] * H * H if pass_ == "training" else 0
     assert counted == expected - skipped
 
 
@@ -63,20 +65,21 @@ def test_attention_flops_are_those_torch_counts():
     module, x = nn.MultiheadAttention(E, 2), torch.randn(T, B, E, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         y = module(x, x, x)[0]
-    assert counter.get_total_flops() == flops.attention_flops(T, B, E, "forward", causal=False)
+    assert counter.get_total_flops() == speed_of_light.attention_flops(T, B, E, "forward", causal=False)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     scores = 4 * B * T * T * E
     # The backward that stores the scores spares their recomputation: 2 instead of 2.5 times the forward.
-    backward = flops.attention_flops(T, B, E, "training", causal=False) - flops.attention_flops(
+    backward = speed_of_light.attention_flops(T, B, E, "training", causal=False) - speed_of_light.attention_flops(
         T, B, E, "forward", causal=False
     )
     assert counter.get_total_flops() == backward - scores / 2
 
 
 def test_steps_that_wait_for_each_other():
-    assert flops.dependent_steps("lstm", 100, "forward") == 101
-    assert flops.dependent_steps("attention", 100, "forward") == flops.dependent_steps("attention", 9, "forward")
+    assert speed_of_light.dependent_steps("lstm", 100, "forward") == 101
+    short, long = (speed_of_light.dependent_steps("attention", T, "forward") for T in (9, 100))
+    assert short == long
 
 
 @pytest.mark.parametrize("pass_", shapes.PASSES)
@@ -151,7 +154,7 @@ def row(op: str, pass_: str, sweep: str, T: int, B: int, ms: float) -> "rows.Row
         shape,
         ours,
         {"torch.nn": peer},
-        flops.work(op, pass_, shape, 4),
+        speed_of_light.work(op, pass_, shape, 4),
         {},
         sweep=sweep,
         memory_bytes=None,

@@ -12,11 +12,13 @@ import torch
 from torch.nn.attention import SDPBackend
 from torch.utils import flop_counter
 
+from seqcore.kernels import work as speed_of_light
+
 from .attention_twins import assert_equal_in_float64
 from .benchmark_modules import ROOT, load
 
 pytest.importorskip("pytest_benchmark")
-flops, report, rows, shapes, timing = (load(name) for name in ("flops", "report", "rows", "shapes", "timing"))
+report, rows, shapes, timing = (load(name) for name in ("report", "rows", "shapes", "timing"))
 cases, data, peers, said = (load(f"attention_{name}") for name in ("cases", "data", "peers", "report"))
 
 TINY = cases.attention_cases(shapes.TINY)
@@ -57,25 +59,25 @@ def test_work_is_counted_by_visible_pairs(case):
     pairs = int(seen.expand(found.query.shape[0], *seen.shape[1:]).sum())
     forward = 4 * pairs * case.H * case.D
     expected = forward if case.pass_ == "forward" else 3.5 * forward
-    assert flops.score_work(case, 4).flops == expected
+    assert cases.score_work(case, 4).flops == expected
 
 
 @pytest.mark.parametrize("M, N, window", [(5, 5, None), (3, 7, None), (7, 3, 2), (9, 9, 4)])
 def test_pairs_by_hand(M, N, window):
     by_hand = sum(n <= m and (not window or m - n < window) for m in range(M) for n in range(N))
-    assert flops.visible_pairs(M, N, True, window) == by_hand
-    assert flops.visible_pairs(M, N) == M * N
+    assert speed_of_light.visible_pairs(M, N, True, window) == by_hand
+    assert speed_of_light.visible_pairs(M, N) == M * N
 
 
 def test_flops_are_those_torch_counts():
     B, H, M, N, D, DV = 2, 3, 5, 7, 8, 6
     q, k, v = torch.randn(B, H, M, D), torch.randn(B, H, N, D), torch.randn(B, H, N, DV)
-    forward = H * flops.score_flops(B * M * N, D, DV, "forward")
+    forward = H * speed_of_light.score_flops(B * M * N, D, DV, "forward")
     assert forward == flop_counter.sdpa_flop_count(q.shape, k.shape, v.shape)
     with flop_counter.FlopCounterMode(display=False) as counter:
         peers.F.scaled_dot_product_attention(q, k, v)
     assert counter.get_total_flops() == forward
-    backward = H * flops.score_flops(B * M * N, D, DV, "training") - forward
+    backward = H * speed_of_light.score_flops(B * M * N, D, DV, "training") - forward
     assert backward == flop_counter.sdpa_backward_flop_count((B, H, M, DV), q.shape, k.shape, v.shape)
 
 
@@ -83,10 +85,10 @@ def test_bytes_by_hand():
     case = cases.AttentionCase("x", "forward", "bfloat16", 2, 4, 8, 16, 32, H_kv=2, lengths=(10, 6))
     # Queries and output of four heads, visible keys and values of two.
     elements = 2 * (2 * 8) * 4 * 32 + 2 * (10 + 6) * 2 * 32
-    assert flops.score_work(case, 2).bytes == 2 * elements
+    assert cases.score_work(case, 2).bytes == 2 * elements
     biased = replace(case, H_kv=0, lengths=(), bias=True, pass_="training")
     elements = 2 * (2 * 8) * 4 * 32 + 2 * (2 * 16) * 4 * 32 + 4 * 8 * 16
-    assert flops.score_work(biased, 2).bytes == 2 * 2 * elements
+    assert cases.score_work(biased, 2).bytes == 2 * 2 * elements
 
 
 def equal(case: "cases.AttentionCase", found: "data.Data", peer: "data.Contestant", forward_only: bool = False) -> None:
@@ -217,7 +219,7 @@ def measured(case: "cases.AttentionCase", ratio: float, **more) -> "rows.Row":
     times = {"SDPA cudnn": 1.5 * ratio * ours, "SDPA math": ratio * ours, peers.FLEX: 0.5 * ours}
     info = rows.extra_info(
         "attention", "attention", case.pass_, case.dtype, case.shape, timing.Timing.of([ours] * 3),
-        {name: timing.Timing.of([ms] * 3) for name, ms in times.items()}, flops.score_work(case, 2), {},
+        {name: timing.Timing.of([ms] * 3) for name, ms in times.items()}, cases.score_work(case, 2), {},
         sweep=case.sweep, causal=case.causal, absent={"flash-attn": "is not here"}, memory_kind="peak allocated",
         memory_bytes=100 * case.N, peer_memory_bytes={"SDPA math": case.N**2, "SDPA flash": case.N},
     )  # fmt: skip
@@ -294,7 +296,7 @@ def test_every_suite_has_a_stage_of_less_than_nine_minutes():
 
 
 def test_without_peers_there_is_no_ratio():
-    work, alone = flops.Work(1.0, 1.0, 1), timing.Timing.of([1.0])
+    work, alone = speed_of_light.Work(1.0, 1.0, 1), timing.Timing.of([1.0])
     info = rows.extra_info("attention", "attention", "forward", "float32", TINY[0].shape, alone, {}, work, {})
     assert (info["best_peer"], info["ratio"], info["ratio_p20"]) == (None, None, None)
 

@@ -9,12 +9,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqcore.backends import INTERPRETED
+from seqcore.kernels import work as speed_of_light
 from seqcore.kernels.tuning import Device
 
 from .benchmark_modules import load
 
 pytest.importorskip("pytest_benchmark")
-floors, flops, layers, shapes, timing = (load(name) for name in ("floors", "flops", "layers", "shapes", "timing"))
+floors, layers, shapes, timing = (load(name) for name in ("floors", "layers", "shapes", "timing"))
 cases, report, rows = (load(name) for name in ("recurrence_cases", "recurrence_report", "rows"))
 
 H200 = Device("sm_90", multiprocessors=132, shared_memory=232448, registers=65536)
@@ -106,7 +107,7 @@ def test_floor_of_a_layer_is_the_sum_of_its_parts(monkeypatch, pass_):
     monkeypatch.setattr(floors, "describe", lambda device: H200)
     T, B, H = 512, 16, 768
     case = shapes.Case("lstm", pass_, "grid", T=T, B=B, H=H, heads=0, dtype="bfloat16")
-    work = flops.work("lstm", pass_, case.shape, 2)
+    work = speed_of_light.work("lstm", pass_, case.shape, 2)
     info = {"flops": work.flops, "bytes": work.bytes, "tflops": 1.0}
     info["step_floors"] = floors.step_floors(case, Meter())
     json.dumps(info)
@@ -203,13 +204,13 @@ def test_flops_of_unusual_layers_are_those_torch_counts(more):
     x = layers.make_data(case, "cpu")[0].double()
     with FlopCounterMode(display=False) as counter:
         layers.Layer(module, batch_sizes=batch_sizes).forward(x)
-    assert counter.get_total_flops() == flops.work("lstm", "forward", case.shape, 4).flops
+    assert counter.get_total_flops() == speed_of_light.work("lstm", "forward", case.shape, 4).flops
 
 
 def test_blocks_multiply_less():
     shape = unusual().shape
     T, B, H = 12, 5, 8
-    whole, divided = (flops.work("lstm", "forward", s, 4).flops for s in (shape, {**shape, "blocks": 4}))
+    whole, divided = (speed_of_light.work("lstm", "forward", s, 4).flops for s in (shape, {**shape, "blocks": 4}))
     assert whole - divided == 2 * T * B * 4 * (H * H - H * H // 4)
 
 
@@ -218,7 +219,7 @@ def measured(op: str, pass_: str, B: int, ratio: float, path: str | None, **more
     ours = timing.Timing.of([1.0, 1.0, 2.0, 2.0, 2.0])
     info = rows.extra_info(
         "recurrence", op, pass_, case.dtype, case.shape, ours, {"torch.nn": timing.Timing.of([2 * ratio] * 5)},
-        flops.work(op, pass_, case.shape, 2), {}, sweep=case.sweep, cudnn_path=path, kept_bytes_per_token=None,
+        speed_of_light.work(op, pass_, case.shape, 2), {}, sweep=case.sweep, cudnn_path=path, kept_bytes_per_token=None,
         step_floors=[{"steps": 512, "exchange_us": 1.0, "weights_us": 1.0, "flops": 1.0, "regime": "spread"}],
     )  # fmt: skip
     rows.add_roofs(info, timing.Roofs(1e9, 1e9, "bfloat16"))

@@ -5,9 +5,8 @@ usual: it is a few operations for each element, where the products do thousands.
 definition, not of an implementation, so that faster code shows as a higher rate.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from benchmarks.attention_cases import AttentionCase
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
@@ -90,19 +89,28 @@ def score_flops(pairs: float, D: int, DV: int, pass_: str) -> float:
     return pairs * (forward if pass_ == "forward" else forward + 2 * (3 * D + 2 * DV))
 
 
-def score_work(case: AttentionCase, element_size: int) -> Work:
-    """The work of one problem of the attention suite, which has no projections.
+def attention_work(
+    sequences: Iterable[tuple[int, int]],
+    heads: tuple[int, int],
+    D: int,
+    pass_: str,
+    element_size: int,
+    causal: bool = False,
+    window: int | None = None,
+    bias_elements: int = 0,
+) -> Work:
+    """The work of attention by itself, without projections.
 
+    ``sequences`` holds the queries and visible keys of each, ``heads`` how many of queries and of keys there are.
     Queries, visible keys and values, and a bias are read once and the output is written once; training does all that
     a second time, to gradients. One fused attention is one step, and so is its backward.
     """
-    pairs = sum(visible_pairs(M, N, case.causal, case.window) for M, N in case.sequences)
-    keys = sum(N for _, N in case.sequences)
-    elements = 2 * case.tokens * case.H * case.D + 2 * keys * case.key_heads * case.D
-    elements += case.H * case.M * case.N if case.bias else 0
-    passes = 2 if case.pass_ == "training" else 1
-    flops = case.H * score_flops(pairs, case.D, case.D, case.pass_)
-    return Work(flops, passes * elements * element_size, passes)
+    sequences = list(sequences)
+    pairs = sum(visible_pairs(M, N, causal, window) for M, N in sequences)
+    queries, keys = (sum(counts) for counts in zip(*sequences, strict=True))
+    elements = 2 * D * (queries * heads[0] + keys * heads[1]) + bias_elements
+    passes = 2 if pass_ == "training" else 1
+    return Work(heads[0] * score_flops(pairs, D, D, pass_), passes * elements * element_size, passes)
 
 
 def dependent_steps(op: str, T: int, pass_: str) -> int:
