@@ -1,0 +1,42 @@
+"""What a run finished is found again, whatever happened to it."""
+
+import json
+
+from seqcore.journal import Journal
+
+
+def test_what_was_finished_is_found_again(tmp_path):
+    path = tmp_path / "deep" / "journal.jsonl"
+    journal = Journal(path, "key", "row")
+    assert not journal.done and not path.exists()
+    journal.add("first", {"ms": 1.5})
+    journal.add("second", [1, 2])
+    again = Journal(path, "key", "row")
+    assert again.done == {"first": {"ms": 1.5}, "second": [1, 2]}
+    assert "first" in again and "third" not in again
+
+
+def test_other_sources_and_other_kinds_do_not_count(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, "key", "row").add("first", 1)
+    assert not Journal(path, "other", "row").done
+    assert not Journal(path, "key", "other").done
+
+
+def test_the_last_result_counts(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, "key", "row")
+    journal.add("first", 1)
+    journal.add("first", 2)
+    assert Journal(path, "key", "row").done == {"first": 2}
+
+
+def test_a_line_cut_short_loses_only_itself(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, "key", "row")
+    journal.add("first", 1)
+    with path.open("a") as file:
+        file.write(json.dumps({"key": "key", "kind": "row", "name": "torn", "value": 1})[:-4])
+    again = Journal(path, "key", "row")
+    again.add("second", 2)
+    assert Journal(path, "key", "row").done == {"first": 1, "second": 2}
