@@ -1,7 +1,5 @@
 """Who runs an attention case: ours, each backend of torch's operator by name, FlexAttention and flash-attn."""
 
-import gc
-import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import seqcore.functional
 from benchmarks.attention_cases import COMPILED_D, COMPILED_N
 from benchmarks.attention_data import Contestant, Data
+from benchmarks.peers import Absent, take_part
 
 MATH = "SDPA math"
 SDPA = {
@@ -24,11 +23,6 @@ SDPA = {
 FLEX, FLASH_ATTN = "FlexAttention", "flash-attn"
 # Scores [B, H, M, N] that are written down may take this many bytes in float32; several copies of them live at once.
 MOST_SCORE_BYTES = 20e9
-LONGEST_REASON = 300
-
-
-class Absent(Exception):
-    """Why a peer does not take part."""
 
 
 def ours(data: Data, backend: str) -> Contestant:
@@ -148,31 +142,5 @@ PEERS: dict[str, Callable[[Data], Contestant]] = {
 
 def peers(data: Data) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Those that take part, and why the others do not; each has run once."""
-    present, absent = {}, {}
-    for name, build in PEERS.items():
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            # Whatever goes wrong in a peer is a fact about the peer.
-            try:
-                peer = build(data)
-                peer.run(data.case.pass_)
-                if data.device.type == "cuda":
-                    torch.cuda.synchronize()
-                present[name] = peer
-            except Exception as error:
-                absent[name] = reason(error, [str(warning.message) for warning in said])
-        if name in absent and data.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-    return present, absent
-
-
-def reason(error: Exception, warned: list[str]) -> str:
-    """The error's first line and what torch warned of: why a backend that was named cannot serve."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "does not fit this GPU's memory"
-    told = [text.partition("(Triggered internally")[0].strip() for text in warned]
-    # The backends that were not named warn too, that they were turned off; and each list begins with a heading.
-    told = [text for text in told if text and "disabled" not in text and not text.endswith("because:")]
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return "; ".join(dict.fromkeys([first, *told]))[:LONGEST_REASON]
+    builders = {name: partial(build, data) for name, build in PEERS.items()}
+    return take_part(builders, lambda peer: peer.run(data.case.pass_), data.device.type == "cuda")

@@ -9,6 +9,7 @@ import torch
 from benchmarks.attention_cases import AttentionCase
 from benchmarks.environment import BUSY_CORES, busy_cores, environment
 from benchmarks.floors import FloorMeter
+from benchmarks.peers import versions
 from benchmarks.rows import add_roofs
 from benchmarks.shapes import SIZES, Case, Sizes, choose_sizes
 from benchmarks.timing import RoofMeter, Stopwatch
@@ -71,7 +72,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
             add_roofs(benchmark["extra_info"], config.stash[METER].roofs)
     output_json["seqcore"] = {
         "sizes": sizes.name,
-        "machine": {**environment(sizes.device), "busy_cores_at_start": config.stash[BUSY]},
+        "machine": {**environment(sizes.device), "peers": versions(), "busy_cores_at_start": config.stash[BUSY]},
         "not_measured": config.stash[NOT_MEASURED],
     }
 

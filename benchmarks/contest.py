@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.layers import DENSE, TORCH, Layer, build_layers, check, make_data, memory, passes
+from benchmarks.layers import TORCHS, Layer, build_layers, check, make_data, memory, passes
 from benchmarks.rows import extra_info
 from benchmarks.shapes import Case, Sizes
 from benchmarks.timing import Stopwatch, race
@@ -17,6 +17,8 @@ from seqcore.kernels.work import work
 
 # What a suite adds to a row, from ours, torch's layer and the input.
 More = Callable[[Layer, Layer, Tensor], dict]
+# Further peers of a suite, out of torch's layer and the input, and why some do not take part.
+Others = Callable[[Case, Layer, Tensor], tuple[dict[str, Layer], dict[str, str]]]
 
 
 @contextlib.contextmanager
@@ -42,16 +44,18 @@ def contest(
     stopwatch: Stopwatch,
     describe: Callable[[], dict],
     more: More = lambda ours, torchs, x: {},
+    others: Others = lambda case, torchs, x: ({}, {}),
 ) -> None:
-    """Check ours, then time it and ``sizes.peers`` in turn, and write the row; skip what is not supported here."""
+    """Check ours, then time it, ``sizes.peers`` and others in turn, and write the row; skip what is not supported."""
     with where_supported(sizes):
         layers = build_layers(case, sizes)
         x, dy = make_data(case, sizes.device)
-        ours, torchs = layers.pop(sizes.ours), layers.get(TORCH) or layers[DENSE]
+        ours, torchs = layers.pop(sizes.ours), next(layers[name] for name in TORCHS if name in layers)
         checked = check(case, sizes, ours, torchs, x, dy)
         memory_bytes, memory_kind = memory(case, ours, x, dy)
         added = more(ours, torchs, x)
-        peers = {name: passes(case, layer, x, dy) for name, layer in layers.items()}
+        found, absent = others(case, torchs, x)
+        peers = {name: passes(case, layer, x, dy) for name, layer in (layers | found).items()}
         timing, peer_timings = race(benchmark, stopwatch, passes(case, ours, x, dy), peers, sizes.case_seconds)
     benchmark.group = f"{case.op} {case.pass_} {case.sweep}"
     benchmark.extra_info |= extra_info(
@@ -69,5 +73,6 @@ def contest(
         memory_bytes=memory_bytes,
         memory_kind=memory_kind,
         checked_shape=checked,
+        absent=absent,
         **added,
     )

@@ -12,9 +12,9 @@ A step of one layer, split over the GPU as its plan says, cannot take less than
               L2, at the rate measured there.
     products  2 · B · G · H · H/N · D operations at the rate of a large bfloat16 product, whatever the dtype.
 
-The sequence takes T steps forward and as many backward, and a batch that needs several launches that many times
-more. All other products run over all steps at once: their operations at the matrix rate or, if that is longer, the
-layer's bytes at the copy bandwidth. The floor of the layer is the sum.
+The sequence takes T steps forward and as many backward, and several layers, or a batch that needs several launches,
+that many times more. All other products run over all steps at once: their operations at the matrix rate or, if that
+is longer, the layer's bytes at the copy bandwidth. The floor of the layer is the sum.
 """
 
 import functools
@@ -236,10 +236,10 @@ def _steps(case: Case, meter: FloorMeter, pass_: str) -> Steps:
         pass_,
         str(plan),
         plan.regime,
-        case.T * plan.launches,
+        case.layers * case.T * plan.launches,
         0.0 if exchange is None else 1e3 * meter.exchange(exchange).ms_p50,
         weights_us(plan, shape, meter),
-        recurrent_flops(GATES[case.op], case.shape) / plan.launches,
+        recurrent_flops(GATES[case.op], case.shape) / (case.layers * plan.launches),
     )
 
 

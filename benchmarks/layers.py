@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import seqcore.nn
 from benchmarks.shapes import RECURRENCES, Case, Sizes
@@ -15,6 +16,9 @@ from seqcore.testing.budget import assert_within_budget
 TORCH = "torch.nn"
 # torch.nn has no block-diagonal weights: its layer with the same, and zeros around them, takes their place.
 DENSE = "torch.nn, dense"
+# Nor does it know lengths of a padded batch, or episodes: this is what its users write.
+PADDED, SEGMENTS = "torch.nn, packed and padded", "torch.nn, episode by episode"
+TORCHS = (TORCH, DENSE, PADDED, SEGMENTS)
 MODULES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "attention": "MultiheadAttention"}
 
 
@@ -25,23 +29,54 @@ def make(provider: str, name: str, *arguments, **options) -> nn.Module:
     return getattr(seqcore.nn, name)(*arguments, backend=provider, **options)
 
 
+def plain(module: nn.Module, x: Tensor, **inputs: Tensor) -> Tensor:
+    """Ours also with ``lengths`` or ``reset``, which torch's do not know."""
+    return module(x, **inputs)[0]
+
+
+def packed(module: nn.Module, x: Tensor, batch_sizes: Tensor) -> Tensor:
+    return module(PackedSequence(x, batch_sizes))[0].data
+
+
+def padded_by_packing(module: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+    """Lengths as torch.nn's users give them: packed first, and padded afterwards."""
+    rows = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
+    return pad_packed_sequence(module(rows)[0], total_length=x.shape[0])[0]
+
+
+def in_segments(module: nn.Module, x: Tensor, reset: Tensor) -> Tensor:
+    """Episodes as torch.nn's users run them: cut where any of them begins, its states set to zero there."""
+    begins = reset.any(1).nonzero().flatten().tolist()
+    cuts = [0, *(t for t in begins if t), x.shape[0]]
+    outputs, hx = [], None
+    for first, last in pairwise(cuts):
+        if hx is not None:
+            going = ~reset[first, :, None]
+            hx = tuple(state * going for state in hx) if isinstance(hx, tuple) else hx * going
+        y, hx = module(x[first:last], hx)
+        outputs.append(y)
+    return torch.cat(outputs)
+
+
+def attend(module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    # torch asks for the mask beside the hint, and with the hint never reads it.
+    return module(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+
+
 @dataclass
 class Layer:
     """One layer as a function of [T, B, H], or of packed rows [R, H], with what it takes to differentiate it."""
 
     module: nn.Module
-    mask: Tensor | None = None
-    batch_sizes: Tensor | None = None
+    # How the module is called: with x, and with ``inputs`` by name.
+    call: Callable[..., Tensor] = plain
+    # The causal "mask", the packed "batch_sizes", or the "lengths" or "reset" of a padded batch.
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     # Whose recurrent weights are dense only because the module knows no others.
     dense_blocks: int = 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.batch_sizes is not None:
-            return self.module(PackedSequence(x, self.batch_sizes))[0].data
-        if self.mask is None:
-            return self.module(x)[0]
-        # torch asks for the mask beside the hint, and with the hint never reads it.
-        return self.module(x, x, x, attn_mask=self.mask, is_causal=True, need_weights=False)[0]
+        return self.call(self.module, x, **self.inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -64,19 +99,24 @@ class Layer:
     def sample(self, x: Tensor, T: int, B: int) -> tuple["Layer", tuple]:
         """The layer for the first T steps of B of x's sequences, spread over the batch, and the index that takes
         their part of x, y and their gradients."""
-        if self.batch_sizes is None:
-            sequences = spread(x.shape[1], B)
-            mask = None if self.mask is None else self.mask[:T, :T]
-            return replace(self, mask=mask), (slice(T), sequences.to(x.device))
-        sizes = self.batch_sizes[:T]
+        if "batch_sizes" not in self.inputs:
+            sequences = spread(x.shape[1], B).to(x.device)
+            parts = {
+                "mask": lambda mask: mask[:T, :T],
+                "lengths": lambda lengths: lengths[sequences.to(lengths.device)].clamp(max=T),
+                "reset": lambda reset: reset[:T, sequences],
+            }
+            inputs = {name: parts[name](tensor) for name, tensor in self.inputs.items()}
+            return replace(self, inputs=inputs), (slice(T), sequences)
+        sizes = self.inputs["batch_sizes"][:T]
         sequences = spread(int(sizes[0]), B)
         present = sequences < sizes[:, None]  # [T, B]
         rows = (sizes.cumsum(0) - sizes)[:, None] + sequences
-        return replace(self, batch_sizes=present.sum(1)), (rows[present].to(x.device),)
+        return replace(self, inputs={"batch_sizes": present.sum(1)}), (rows[present].to(x.device),)
 
     def in_float64(self) -> "Layer":
-        mask = None if self.mask is None else self.mask.double()
-        return replace(self, module=copy.deepcopy(self.module).double(), mask=mask)
+        inputs = {name: t.double() if t.is_floating_point() else t for name, t in self.inputs.items()}
+        return replace(self, module=copy.deepcopy(self.module).double(), inputs=inputs)
 
 
 def spread(count: int, wanted: int) -> Tensor:
@@ -104,13 +144,12 @@ def build_layers(case: Case, sizes: Sizes) -> dict[str, Layer]:
     """The case's layer from every provider that takes part, ours first, all with the same weights."""
     dtype = getattr(torch, case.dtype)
     torch.manual_seed(0)
-    arguments, options, mask, ours_alone = (case.H, case.heads), {}, None, {}
+    arguments, options, ours_alone = (case.H, case.heads), {}, {}
     if case.op in RECURRENCES:
-        arguments, options = (case.H, case.H), {"bidirectional": case.directions == 2}
+        arguments = (case.H, case.H)
+        options = {"num_layers": case.layers, "bidirectional": case.directions == 2}
         ours_alone = {"blocks": case.blocks, "recompute": case.recompute}
-    else:
-        mask = causal_mask(case.T, sizes.device, dtype)
-    batch_sizes = torch.tensor(case.batch_sizes) if case.packed else None
+    call, inputs = ways(case, sizes.device)
     layers, weights = {}, None
     for provider in (sizes.ours, *sizes.peers):
         if case.T > sizes.peer_limits.get(provider, case.T):
@@ -121,17 +160,41 @@ def build_layers(case: Case, sizes: Sizes) -> dict[str, Layer]:
         if provider == TORCH and case.blocks > 1:
             fitting = {name: dense(w) if name.startswith("weight_hh") else w for name, w in weights.items()}
             module.load_state_dict(fitting)
-            layers[DENSE] = Layer(module, mask, batch_sizes, case.blocks)
+            layers[DENSE] = Layer(module, call, inputs, case.blocks)
         else:
             module.load_state_dict(weights)
-            layers[provider] = Layer(module, mask, batch_sizes)
+            name, its_call = torchs_way(case) if provider == TORCH else (provider, call)
+            layers[name] = Layer(module, its_call, inputs)
     return layers
+
+
+def ways(case: Case, device: str) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    """How ours is called in the case, and with what beside x."""
+    if case.op not in RECURRENCES:
+        return attend, {"mask": causal_mask(case.T, device, getattr(torch, case.dtype))}
+    if case.packed:
+        return packed, {"batch_sizes": torch.tensor(case.batch_sizes)}
+    if case.ragged:
+        return plain, {"lengths": torch.tensor(case.lengths, device=device)}
+    if case.reset_every:
+        generator = torch.Generator().manual_seed(2)
+        return plain, {"reset": (torch.rand(case.T, case.B, generator=generator) < 1 / case.reset_every).to(device)}
+    return plain, {}
+
+
+def torchs_way(case: Case) -> tuple[str, Callable[..., Tensor]]:
+    """How torch.nn's layer is called in the case, and what it is then called in tables."""
+    if case.ragged:
+        return PADDED, padded_by_packing
+    if case.reset_every:
+        return SEGMENTS, in_segments
+    return TORCH, ways(case, "cpu")[0]
 
 
 def make_data(case: Case, device: str) -> tuple[Tensor, Tensor]:
     """Input, and the gradient of the output."""
     generator = torch.Generator(device).manual_seed(1)
-    rows, dtype = (sum(case.batch_sizes),) if case.packed else (case.T, case.B), getattr(torch, case.dtype)
+    rows, dtype = (case.tokens,) if case.packed else (case.T, case.B), getattr(torch, case.dtype)
     x, dy = (
         torch.randn(*rows, width, generator=generator, device=device, dtype=dtype)
         for width in (case.H, case.directions * case.H)

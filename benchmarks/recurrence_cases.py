@@ -12,12 +12,16 @@ SWEEPS = {
     "length": "length varied",
     "bidirectional": "bidirectional",
     "packed": "packed, lengths from T/4 to T",
+    "ragged": "padded, lengths from T/4 to T",
+    "reset": "episodes of 64 steps on average",
+    "layers": "two layers",
     "blocks": "block-diagonal",
     "recompute": "gates recomputed in backward",
     "dtype": "other dtypes",
     "streaming": "weights that fit on no chip",
     "odd": "odd sizes, and the plain RNN",
 }
+EPISODE = 64
 HALF, SINGLE = "bfloat16", "float32"
 
 
@@ -43,6 +47,11 @@ def _gpu() -> Iterator[Case]:
         yield _case("bidirectional", op, pass_, T, B, H, directions=2)
     for H, op, pass_ in product((1024, 512), gated, PASSES):
         yield _case("packed", op, pass_, T, 64, H, packed=True)
+        yield _case("ragged", op, pass_, T, 64, H, ragged=True)
+    for op, pass_ in product(gated, PASSES):
+        yield _case("reset", op, pass_, T, 16, 512, reset_every=EPISODE)
+    for H, op, pass_ in product((1024, 512), gated, PASSES):
+        yield _case("layers", op, pass_, T, 16, H, layers=2)
     # The shape of FlashRNN's published figures: 768 units as 12 heads of 64.
     for op, pass_ in product(gated, PASSES):
         yield _case("blocks", op, pass_, 1024, 16, 768, blocks=12)
@@ -66,6 +75,9 @@ def _cpu(sizes: Sizes) -> Iterator[Case]:
     for op, pass_ in product(("lstm", "gru"), PASSES):
         yield _case("bidirectional", op, pass_, T, B, H, SINGLE, directions=2)
         yield _case("packed", op, pass_, T, B, H, SINGLE, packed=True)
+        yield _case("ragged", op, pass_, T, B, H, SINGLE, ragged=True)
+        yield _case("reset", op, pass_, T, B, H, SINGLE, reset_every=EPISODE)
+        yield _case("layers", op, pass_, T, B, H, SINGLE, layers=2)
         # No library's operator has blocks: the reference's loop serves, which is slow.
         yield _case("blocks", op, pass_, T // 2, B, H, SINGLE, blocks=4)
 
@@ -75,11 +87,11 @@ def cudnn_path(case: Case) -> str:
 
     Source: ``get_algo`` in PyTorch's aten/src/ATen/native/cudnn/RNN.cpp, for GPUs from 98 multiprocessors on.
     """
-    if case.packed:
+    if case.packed or case.ragged:
         return "standard"
     small = {"rnn": (384, 256)}.get(case.op, (192, 128))[case.pass_ == "training"]
     static = (
-        case.dtype == "float16" and case.directions == 1 and case.H <= 1024 and case.H % 128 == 0
+        case.dtype == "float16" and case.directions == 1 and case.layers == 1 and case.H <= 1024 and case.H % 128 == 0
         and case.B % 8 == 0 and case.B <= 128
         and (case.op == "lstm" or (case.op == "rnn" and (case.B < 96 or case.H < 896)))
     )  # fmt: skip

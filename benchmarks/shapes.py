@@ -37,9 +37,14 @@ class Case:
     heads: int
     dtype: str
     # Of a recurrence:
+    layers: int = 1
     directions: int = 1
     blocks: int = 1
     packed: bool = False
+    # A padded batch with lengths in no order.
+    ragged: bool = False
+    # Steps of an episode on average; 0 for one that never ends.
+    reset_every: int = 0
     recompute: bool = False
 
     @property
@@ -52,17 +57,26 @@ class Case:
         found = {"T": self.T, "B": self.B, "I": self.H, "H": self.H}
         if self.op not in RECURRENCES:
             return {**found, "heads": self.heads}
-        unusual = {"directions": self.directions, "blocks": self.blocks}
+        unusual = {"layers": self.layers, "directions": self.directions, "blocks": self.blocks}
         found |= {name: count for name, count in unusual.items() if count > 1}
-        return {**found, "tokens": sum(self.batch_sizes)} if self.packed else found
+        return {**found, "tokens": self.tokens} if self.packed or self.ragged else found
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the sequences: T of each or, packed, evenly from T down to a quarter of it; ragged, the same in turns."""
+        if not (self.packed or self.ragged):
+            return [self.T] * self.B
+        falling = [self.T - b * 3 * self.T // (4 * max(self.B - 1, 1)) for b in range(self.B)]
+        return falling if self.packed else [*falling[1::2], *falling[::2]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Rows of each step: B throughout, or, packed, of lengths that fall evenly from T to a quarter of it."""
-        if not self.packed:
-            return [self.B] * self.T
-        lengths = [self.T - b * 3 * self.T // (4 * max(self.B - 1, 1)) for b in range(self.B)]
-        return [sum(length > t for length in lengths) for t in range(self.T)]
+        """Rows of each step."""
+        return [sum(length > t for length in self.lengths) for t in range(self.T)]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from benchmarks.contest import contest
 from benchmarks.floors import FloorMeter, step_floors
 from benchmarks.layers import TORCH, Layer, kept_bytes
 from benchmarks.recurrence_cases import cudnn_path, recurrence_cases
+from benchmarks.recurrence_peers import recurrence_peers
 from benchmarks.rows import OURS
 from benchmarks.shapes import Case, Sizes
 from benchmarks.timing import Stopwatch
@@ -43,12 +44,12 @@ def test_recurrence(
         }
 
     only_torch = replace(sizes, peers=(TORCH,), peer_limits={})
-    contest(benchmark, "recurrence", case, only_torch, stopwatch, describe, more)
+    contest(benchmark, "recurrence", case, only_torch, stopwatch, describe, more, recurrence_peers)
 
 
 def kept_per_token(case: Case, ours: Layer, torchs: Layer, x: Tensor) -> dict[str, float]:
     """Bytes kept for backward, of ours, of torch.nn's, and of ours with ``recompute``."""
-    tokens = sum(case.batch_sizes)
+    tokens = case.tokens
     kept = {TORCH: kept_bytes(torchs, x) / tokens}
     for name, recompute in ((OURS, False), (RECOMPUTED, True)):
         ours.module.recompute = recompute

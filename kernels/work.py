@@ -23,8 +23,8 @@ class Work:
 def work(op: str, pass_: str, shape: dict[str, int], element_size: int) -> Work:
     """The work of one layer, ``op`` being rnn, gru, lstm or attention, and ``pass_`` forward or training.
 
-    A recurrence's shape may also tell ``directions``, ``blocks`` of its recurrent weights, and, if not every sequence
-    has T steps, how many ``tokens`` there are.
+    A recurrence's shape may also tell ``directions``, ``blocks`` of its recurrent weights, how many ``layers`` stand on
+    each other, and, if not every sequence has T steps, how many ``tokens`` there are.
     """
     T, B, I, H = (shape[name] for name in "TBIH")
     tokens, directions = shape.get("tokens", T * B), shape.get("directions", 1)
@@ -33,31 +33,39 @@ def work(op: str, pass_: str, shape: dict[str, int], element_size: int) -> Work:
         weights = 4 * H * H
     else:
         flops = recurrence_flops(GATES[op], shape, pass_)
-        weights = directions * GATES[op] * H * (I + H // shape.get("blocks", 1))
+        recurrent = shape.get("layers", 1) * (H // shape.get("blocks", 1))
+        weights = directions * GATES[op] * H * (_input_columns(shape) + recurrent)
     # Input read and output written once, weights read once. Training also reads dy, writes dx and writes the
     # gradients of the weights: each tensor a second time.
     tensors = tokens * (I + directions * H) + weights
     traffic = tensors * element_size * (2 if pass_ == "training" else 1)
-    return Work(flops, traffic, dependent_steps(op, T, pass_))
+    return Work(flops, traffic, shape.get("layers", 1) * dependent_steps(op, T, pass_))
 
 
 def recurrence_flops(gates: int, shape: dict[str, int], pass_: str) -> float:
-    """Products of one layer.
+    """Products of one layer, or of several.
 
     Each step multiplies [B, I] and [B, H] with G·H columns: 2·B·G·H·(I + H). Backward multiplies once for the
     gradient of the input and state and once for that of the weights, each as large as the forward product.
     """
     T, H = shape["T"], shape["H"]
     tokens, directions = shape.get("tokens", T * shape["B"]), shape.get("directions", 1)
-    of_input = 2 * tokens * gates * H * shape["I"] * directions
+    of_input = 2 * tokens * gates * H * _input_columns(shape) * directions
     return (of_input + T * recurrent_flops(gates, shape)) * (3 if pass_ == "training" else 1)
 
 
+def _input_columns(shape: dict[str, int]) -> int:
+    """Widths of what all layers take in: I for the first, D·H for each that stands on another."""
+    return shape["I"] + (shape.get("layers", 1) - 1) * shape.get("directions", 1) * shape["H"]
+
+
 def recurrent_flops(gates: int, shape: dict[str, int]) -> float:
-    """The product with the state, in one step (the average one, if not all have B rows): 2·B·G·H·H/N, N blocks."""
+    """The product with the state, in one step (the average one, if not all have B rows): 2·B·G·H·H/N, N blocks; of
+    all layers and directions."""
     T, H = shape["T"], shape["H"]
     rows = shape.get("tokens", T * shape["B"]) / T
-    return 2 * rows * gates * H * (H // shape.get("blocks", 1)) * shape.get("directions", 1)
+    copies = shape.get("layers", 1) * shape.get("directions", 1)
+    return 2 * rows * gates * H * (H // shape.get("blocks", 1)) * copies
 
 
 def attention_flops(T: int, B: int, E: int, pass_: str, causal: bool = True) -> float:
@@ -118,8 +126,8 @@ def dependent_steps(op: str, T: int, pass_: str) -> int:
 
     One library product, one fused attention, or one time step of a recurrence counts one: on a machine without
     limits to its width, that is what remains. A recurrence projects its whole input first and then takes T
-    steps; its backward takes T steps and then one product. Attention projects, attends, projects; its backward
-    does the same in reverse.
+    steps, layer after layer; its backward takes T steps and then one product. Attention projects, attends,
+    projects; its backward does the same in reverse.
     """
     forward = 3 if op == "attention" else T + 1
     return forward * (2 if pass_ == "training" else 1)

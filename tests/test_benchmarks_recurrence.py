@@ -158,7 +158,8 @@ def unusual(**more) -> "shapes.Case":
     return shapes.Case("lstm", "training", "grid", T=12, B=5, H=8, heads=0, dtype="float32", **more)
 
 
-UNUSUAL = [{"directions": 2}, {"packed": True}, {"packed": True, "directions": 2}, {"blocks": 4}, {"recompute": True}]
+UNUSUAL = [{"directions": 2}, {"packed": True}, {"packed": True, "directions": 2}, {"layers": 2}, {"ragged": True}]
+UNUSUAL += [{"reset_every": 4}, {"blocks": 4}, {"recompute": True}]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="launches no kernel")
@@ -182,11 +183,11 @@ def test_a_sample_of_packed_rows_is_the_sequences_it_names():
     lengths = [5, 4, 4, 2]
     x = torch.arange(15.0)[:, None]
     packed = nn.utils.rnn.pack_sequence([torch.arange(n)[:, None] + 10.0 * i for i, n in enumerate(lengths)])
-    layer = layers.Layer(nn.Identity(), batch_sizes=packed.batch_sizes)
+    layer = layers.Layer(nn.Identity(), inputs={"batch_sizes": packed.batch_sizes})
     short, index = layer.sample(x, T=3, B=2)
     # The first sequence and the last, three steps of each as far as there are so many.
     assert packed.data[index][:, 0].tolist() == [0, 30, 1, 31, 2]
-    assert short.batch_sizes.tolist() == [2, 2, 1]
+    assert short.inputs["batch_sizes"].tolist() == [2, 2, 1]
 
 
 def test_blocks_come_back_from_the_dense_weights():
@@ -196,14 +197,13 @@ def test_blocks_come_back_from_the_dense_weights():
     assert dense.count_nonzero() == blocks.numel()
 
 
-@pytest.mark.parametrize("more", UNUSUAL[:3], ids=lambda more: "-".join(more))
+@pytest.mark.parametrize("more", UNUSUAL[:4], ids=lambda more: "-".join(more))
 def test_flops_of_unusual_layers_are_those_torch_counts(more):
     case = unusual(**more)
-    module = nn.LSTM(case.H, case.H, bidirectional=case.directions == 2, dtype=torch.float64)
-    batch_sizes = torch.tensor(case.batch_sizes) if case.packed else None
+    module = nn.LSTM(case.H, case.H, case.layers, bidirectional=case.directions == 2, dtype=torch.float64)
     x = layers.make_data(case, "cpu")[0].double()
     with FlopCounterMode(display=False) as counter:
-        layers.Layer(module, batch_sizes=batch_sizes).forward(x)
+        layers.Layer(module, *layers.ways(case, "cpu")).forward(x)
     assert counter.get_total_flops() == speed_of_light.work("lstm", "forward", case.shape, 4).flops
 
 
