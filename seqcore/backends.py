@@ -157,8 +157,25 @@ def _gpu(index: int) -> Device:
     )
 
 
+# A GPU that is not here and that CPU tensors are taken to be on; see ``seqcore.testing.launches``.
+_pretended: Device | None = None
+
+
+@contextlib.contextmanager
+def pretending(device: Device) -> Iterator[None]:
+    """Within the block CPU tensors are taken to be on ``device``, in all threads, since backward has its own."""
+    global _pretended
+    before, _pretended = _pretended, device
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
 def describe(device: torch.device) -> Device:
     """The kernels' view of a torch device."""
+    if _pretended is not None:
+        return _pretended
     if device.type == "cuda":
         return _gpu(torch.cuda.current_device() if device.index is None else device.index)
     return Device(INTERPRETER if INTERPRETED and device.type == "cpu" else device.type)

@@ -5,58 +5,32 @@ What is compiled ahead of time is what the catalogue says a launch passes; here 
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
 
-from seqcore import backends, functional
+from seqcore import functional
+from seqcore.backends import INTERPRETED
 from seqcore.kernels.tuning import Device
-from seqcore.ops import attention, attention_arguments
-from seqcore.testing import aot
+from seqcore.testing import launches
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what it launches")
+pytestmark = pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="compiles for a GPU that is not here")
 
 B, H, H_KV, M, N, D = 2, 4, 2, 200, 300, 64
 
 
-class Absent:
-    """As much of a driver as the compiler asks for."""
-
-    def __init__(self, arch):
-        self.arch = arch
-
-    def get_current_target(self):
-        return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
+@pytest.fixture
+def device():
+    return Device("sm_90")
 
 
 @pytest.fixture
-def arch():
-    return "sm_90"
+def launched(device):
+    with launches.compiled_for(device) as found:
+        yield found
 
 
-@pytest.fixture
-def launched(monkeypatch, arch):
-    """Names of the kernels launched, each compiled and not run."""
-    found = {}
-
-    def compiled(kernel, grid):
-        def launch(*arguments, **keywords):
-            assert all(0 < programs < 2**31 for programs in grid)
-            found[kernel.fn.__name__] = kernel.run(*arguments, grid=grid, warmup=True, **keywords)
-
-        return launch
-
-    monkeypatch.setattr(driver, "_active", Absent(arch))
-    monkeypatch.setattr(jit.JITFunction, "__getitem__", compiled)
-    monkeypatch.setattr(attention_arguments, "describe", lambda device: Device(arch))
-    monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
-    monkeypatch.setattr(backends, "why_not_triton", lambda request: [])
-    return found
+def assert_fits(launched, device):
+    for launch in launched:
+        assert launch.compiled.metadata.shared <= device.shared_memory
+        assert all(0 < programs < 2**31 for programs in launch.grid)
 
 
 def run(packed=False, sizes=(H, H_KV, M, N, D), dtype=torch.bfloat16, **options):
@@ -70,7 +44,7 @@ def run(packed=False, sizes=(H, H_KV, M, N, D), dtype=torch.bfloat16, **options)
 
 FORWARD, DECODE = {"attention_forward_kernel"}, {"attention_decode_kernel", "attention_combine_kernel"}
 BACKWARD = {f"attention_backward_{part}_kernel" for part in ("delta", "dkdv", "dq")}
-BIAS = {"attention_backward_bias_kernel"}
+BIAS, WEIGHTS = {"attention_backward_bias_kernel"}, {"attention_weights_kernel"}
 
 
 def ends(*at):
@@ -94,20 +68,19 @@ CASES = {
     "decode": ({"sizes": (8, 2, 1, 4000, 128), "key_lengths": torch.tensor([3, 4000])}, DECODE | BACKWARD),
     "one key": ({"sizes": (H, H, 1, 1, 16)}, FORWARD | BACKWARD),
     "float32 of odd rows": ({"sizes": (H, 1, 70, 33, 41), "dtype": torch.float32}, FORWARD | BACKWARD),
-    "weights": ({"return_weights": "average", "attn_mask": torch.randn(1, N)}, FORWARD | BACKWARD | BIAS),
+    "weights": ({"return_weights": "average", "attn_mask": torch.randn(1, N)}, FORWARD | BACKWARD | BIAS | WEIGHTS),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_launches_compile(case, launched):
+def test_launches_compile(case, launched, device):
     options, expected = CASES[case]
     # Both take a gradient, so that what makes it is launched too.
     wanting = {"attn_mask", "sinks"}
     options = {name: t.clone().requires_grad_() if name in wanting else t for name, t in options.items()}
     run(**options)
-    assert set(launched) == expected | ({"attention_weights_kernel"} if case == "weights" else set())
-    limit = aot.SHARED_LIMIT["sm_90"]
-    assert all(kernel.metadata.shared <= limit for kernel in launched.values())
+    assert {launch.name for launch in launched} == expected
+    assert_fits(launched, device)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -116,14 +89,14 @@ def test_descriptors_where_alignment_allows(aligned, launched):
     if aligned:
         q, k, v = (t.contiguous() for t in (q, k, v))
     functional.attention(q, k, v, backend="triton")
-    used = "cp.async.bulk.tensor" in launched["attention_forward_kernel"].asm["ptx"]
-    assert used == aligned
+    (forward,) = launched
+    assert ("cp.async.bulk.tensor" in forward.compiled.asm["ptx"]) == aligned
 
 
-@pytest.mark.parametrize("arch", ["sm_89"])
+@pytest.mark.parametrize("device", [Device("sm_89")], ids=["sm_89"])
 @pytest.mark.parametrize("sizes", [(H, H, M, N, 128), (8, 1, 8, 4000, 64)], ids=["tiles", "decode"])
-def test_everything_fits_little_shared_memory(sizes, launched, arch):
+def test_everything_fits_little_shared_memory(sizes, launched, device):
     options = {**CASES["everything"][0], "attn_mask": torch.randn(sizes[2], sizes[3]), "sinks": torch.randn(sizes[0])}
     run(**options | {"sizes": sizes, "alibi_slopes": torch.rand(sizes[0])})
     assert len(launched) >= 4
-    assert all(kernel.metadata.shared <= Device(arch).shared_memory for kernel in launched.values())
+    assert_fits(launched, device)

@@ -16,7 +16,7 @@ from ..reference.attention_backward import average_weights_backward
 from ..reference.attention_backward import backward as reference_backward
 from ..reference.recurrence import wide
 from . import attention_launch as kernels
-from .library import define, interpreted
+from .library import define, has_kernels
 
 SIGNATURE = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? q_lengths, Tensor? k_lengths, "
@@ -65,7 +65,7 @@ def _wanted(found, wanted, q, k, v, mask, slopes, sinks, *problem) -> tuple[Tens
 
 
 def _has_kernels(q: Tensor) -> bool:
-    return q.is_cuda or interpreted(q.dtype)
+    return has_kernels(q)
 
 
 def _rows(q: Tensor) -> Tensor:

@@ -7,18 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import INTERPRETED, KERNEL_DTYPES
+from ..backends import INTERPRETED, KERNEL_DTYPES, describe
 from ..reference.precision import without_autocast
 
 LIBRARY = torch.library.Library("seqcore", "FRAGMENT")
 
 
-def interpreted(dtype: torch.dtype) -> bool:
-    """Whether CPU tensors of ``dtype`` go through the interpreted kernels; else they take the reference's formulas.
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether ``tensor`` goes through the kernels; else, on a CPU, it takes the reference's formulas.
 
     The interpreter miscomputes bfloat16 products (triton issue 11584), and no kernel takes float64.
     """
-    return INTERPRETED and dtype in KERNEL_DTYPES and dtype != torch.bfloat16
+    if tensor.is_cuda:
+        return True
+    if INTERPRETED:
+        return tensor.dtype in KERNEL_DTYPES and tensor.dtype != torch.bfloat16
+    return describe(tensor.device).arch != tensor.device.type
 
 
 def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:

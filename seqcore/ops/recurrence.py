@@ -14,7 +14,7 @@ from ..reference.bptt import Gradients, Kept
 from ..reference.recurrence import group, hidden_size, packed_steps, padded_steps
 from . import layout, sequence
 from .layer import Layer
-from .library import define, interpreted
+from .library import define, has_kernels
 
 _INPUTS = (
     "str cell, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, int directions, bool bias, Tensor? batch_sizes, "
@@ -30,7 +30,7 @@ BACKWARD_SCHEMA = (
 
 
 def _on_kernels(x: Tensor) -> bool:
-    return x.is_cuda or interpreted(x.dtype)
+    return has_kernels(x)
 
 
 def _layer(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset) -> Layer:

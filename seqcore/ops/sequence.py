@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import describe
+from ..backends import INTERPRETER, describe
 from ..cells import Cell
 from ..errors import UnsupportedInput
 from ..reference.bptt import Gradients, Kept, weight_gradient
@@ -38,7 +38,8 @@ def _launch(kernel, plan, device: torch.device, arguments: Sequence, map_: Map, 
     """``kernel`` over all groups of sequences, in as many launches as it takes."""
     from ..kernels import grid
 
-    if plan.slices > 1 and device.type == "cpu" and not grid.interleaved:
+    arch = describe(device).arch
+    if plan.slices > 1 and arch == INTERPRETER and not grid.interleaved:
         raise UnsupportedInput(
             f"interpreted programs run one after another, and {plan.slices} slices would wait for each other forever; "
             "launch them within seqcore.testing.explore(seed), or leave plan.overriding(units=…) out"
@@ -54,11 +55,11 @@ def _launch(kernel, plan, device: torch.device, arguments: Sequence, map_: Map, 
         teams = count * teams_of_group
         counters = torch.zeros(teams * stride if plan.slices > 1 else 0, dtype=torch.int32, device=device)
         # Programs that wait for each other must all be resident: a launch that cannot be so fails, and does not hang.
-        cooperative = {"launch_cooperative_grid": True} if plan.slices > 1 and device.type == "cuda" else {}
+        cooperative = {"launch_cooperative_grid": True} if plan.slices > 1 and arch != INTERPRETER else {}
         kernel[(teams * plan.slices,)](
             *pointers, counters,
             T=map_.steps, B=map_.batch, R=map_.rows, first_group=first, groups=count,
-            NATIVE=device.type == "cuda" and not torch.version.hip, MAPPED=map_.mapped, SLICES=plan.slices,
+            NATIVE=arch.startswith("sm_"), MAPPED=map_.mapped, SLICES=plan.slices,
             HOLD=plan.hold, SWAP=plan.swap, FOLD=plan.fold, STAGE=plan.stage, CHAINS=plan.chains,
             BLOCK_B=plan.rows, BLOCK_H=plan.units, BLOCK_K=plan.tile, num_warps=plan.num_warps, num_stages=1,
             **constants, **cooperative,
