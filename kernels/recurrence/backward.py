@@ -50,6 +50,7 @@ def _load_step(
     HAS_DY: tl.constexpr,
     HAS_DCELLS: tl.constexpr,
     ROW: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """What a step reads that no other program writes: (saved…), state, new state, gradients from outside."""
     mask = across(exists, ROW) & own
@@ -57,11 +58,11 @@ def _load_step(
     saved = load_gates(saved_ptr, rows, stride_saved, columns, H, mask, SAVED, ROW)
     columns = across(columns, 1 - ROW)
     row_offs = across(rows * stride_y, ROW) + columns
-    h_rows = entering_rows(source, R, y_ptr, stride_y, h_init_ptr, H)
+    h_rows = entering_rows(source, R, y_ptr, stride_y, h_init_ptr, H, NATIVE)
     state = (tl.load(across(h_rows, ROW) + columns, mask=entering, other=0.0).to(tl.float32),)
     new_state = (tl.load(y_ptr + row_offs, mask=mask, other=0.0).to(tl.float32),)
     if HAS_C:
-        c_rows = entering_rows(source, R, cells_ptr, stride_y, c_init_ptr, H)
+        c_rows = entering_rows(source, R, cells_ptr, stride_y, c_init_ptr, H, NATIVE)
         state = state + (tl.load(across(c_rows, ROW) + columns, mask=entering, other=0.0).to(tl.float32),)
         new_state = new_state + (tl.load(cells_ptr + row_offs, mask=mask, other=0.0).to(tl.float32),)
     dstate = (tl.zeros_like(new_state[0]),)
@@ -209,7 +210,7 @@ def recurrence_backward_kernel(
     )
     saved, state, new_state, dout = _load_step(
         rows, exists, source, columns, own, saved_ptr, y_ptr, cells_ptr, h_init_ptr, c_init_ptr, dy_ptr, dcells_ptr,
-        stride_saved, stride_y, R, H, SAVED, HAS_C, HAS_DY, HAS_DCELLS, ROW,
+        stride_saved, stride_y, R, H, SAVED, HAS_C, HAS_DY, HAS_DCELLS, ROW, NATIVE,
     )  # fmt: skip
 
     for walked in range(steps):
@@ -246,7 +247,7 @@ def recurrence_backward_kernel(
         )
         saved, state, new_state, dout = _load_step(
             next_rows, next_exists, next_source, columns, own, saved_ptr, y_ptr, cells_ptr, h_init_ptr, c_init_ptr,
-            dy_ptr, dcells_ptr, stride_saved, stride_y, R, H, SAVED, HAS_C, HAS_DY, HAS_DCELLS, ROW,
+            dy_ptr, dcells_ptr, stride_saved, stride_y, R, H, SAVED, HAS_C, HAS_DY, HAS_DCELLS, ROW, NATIVE,
         )  # fmt: skip
 
         if SLICES > 1:

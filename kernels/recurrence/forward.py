@@ -164,7 +164,7 @@ def recurrence_forward_kernel(
         main = main_bias if FOLD == 1 else folded_zeros(FOLD, BLOCK_B, MAIN * BLOCK_H, SWAP)
         if REST:
             rest = rest_bias if FOLD == 1 else folded_zeros(FOLD, BLOCK_B, REST * BLOCK_H, SWAP)
-        row_ptrs = entering_rows(source, R, y_ptr, stride_y, h_init_ptr, H) + block * UNITS
+        row_ptrs = entering_rows(source, R, y_ptr, stride_y, h_init_ptr, H, NATIVE) + block * UNITS
         present = source >= 0
         if HOLD:
             mains = chains(main, CHAINS)

@@ -47,6 +47,12 @@ def locate(
 
 
 @triton.jit
-def entering_rows(source, R, values_ptr, stride, initial_ptr, initial_stride):
+def entering_rows(source, R, values_ptr, stride, initial_ptr, initial_stride, NATIVE: tl.constexpr):
     """Pointers to the rows the sources name, in ``values`` or ``initial``; to be masked where ``source < 0``."""
-    return tl.where(source < R, values_ptr + source * stride, initial_ptr + (source - R) * initial_stride)
+    rows, initial_rows = values_ptr + source * stride, initial_ptr + (source - R) * initial_stride
+    if NATIVE:
+        found = tl.where(source < R, rows, initial_rows)
+    else:
+        # Triton's passes for AMD follow pointers to the one tensor they point into; an address they leave alone.
+        found = tl.where(source < R, rows.to(tl.int64), initial_rows.to(tl.int64)).to(values_ptr.dtype)
+    return found
