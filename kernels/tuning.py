@@ -1,9 +1,14 @@
 """Which tile sizes run where, and what a device can hold. No search happens here: tables are read, never made."""
 
+import contextlib
 import functools
-import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from . import tables
 
 INTERPRETER = "interpreter"
 
@@ -64,14 +69,64 @@ class Tiles:
         """These with only as many rows as it takes."""
         return replace(self, rows=min(self.rows, power_of_two(rows)))
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Tiles":
+        """Those of a table's row."""
+        options = {name: row[name] for name in tables.TILE_OPTIONS if name in row}
+        return cls(row["BLOCK_M"], row["BLOCK_N"], row["num_warps"], row["num_stages"], **options)
+
+    def row(self) -> dict[str, int | bool]:
+        """The part of a table's row that says what to launch."""
+        sizes = (self.rows, self.columns, self.num_warps, self.num_stages)
+        options = {name: getattr(self, name) for name in tables.TILE_OPTIONS}
+        return dict(zip(tables.TILES, sizes, strict=True)) | {name: value for name, value in options.items() if value}
+
+
+# In place of the user's own table, if it has been said.
+_instead: list[Path | None] = []
+
+
+@contextlib.contextmanager
+def user_table(path: Path | None) -> Iterator[None]:
+    """Within the block the user's table is ``path``, or there is none: for tuning, and for tests."""
+    _instead.append(path)
+    _forget()
+    try:
+        yield
+    finally:
+        _instead.pop()
+        _forget()
+
+
+def _forget() -> None:
+    table.cache_clear()
+    _listed_tiles.cache_clear()
+
+
+def files(arch: str, shared_memory: int = 0) -> list[Path]:
+    """The tables that the choice on ``arch`` is read from; rows of the first beat those of the next.
+
+    The user's, ours for ``arch``, and ours for its kin: for AMD, for little shared memory, or the defaults.
+    """
+    # Times of an interpreter decide nothing.
+    user = None if arch == INTERPRETER else _instead[-1] if _instead else tables.user_file(arch)
+    kin = "gfx942" if arch.startswith("gfx") else "small" if 0 < shared_memory < ROOMY else "defaults"
+    ours = [tables.SHIPPED / f"{name}.json" for name in dict.fromkeys((arch, kin))]
+    # Unlike Path.is_file, this says False of a folder that may not be read.
+    return [path for path in (user, *ours) if path is not None and os.path.isfile(path)]
+
 
 @functools.cache
-def table(arch: str, shared_memory: int = 0) -> dict:
-    """The table shipped for ``arch``; where none is, the one for kin, for little shared memory, or the defaults."""
-    folder = Path(__file__).parent / "tuned"
-    kin = "gfx942" if arch.startswith("gfx") else "small" if 0 < shared_memory < ROOMY else "defaults"
-    path = folder / f"{arch}.json"
-    return json.loads((path if path.is_file() else folder / f"{kin}.json").read_text())
+def table(arch: str, shared_memory: int = 0) -> dict[str, Any]:
+    """The user's rows for ``arch``, and ours where the user has none.
+
+    Raises:
+        BadTable: if the user's table cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for path in files(arch, shared_memory):
+        found = tables.merged(found, tables.read(path, arch))
+    return found
 
 
 def is_measured(arch: str) -> bool:
@@ -89,12 +144,31 @@ def power_of_two(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-@functools.cache
+_overrides: dict[str, Tiles] = {}
+
+
+@contextlib.contextmanager
+def overriding(operation: str, tiles: Tiles) -> Iterator[None]:
+    """Launches of ``operation`` within the block, in all threads, take ``tiles``, whatever was chosen: for tuning."""
+    before = dict(_overrides)
+    _overrides[operation] = tiles
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
 def attention_tiles(operation: str, head_dim: int, dtype_bits: int, device: Device, masked: bool = False) -> Tiles:
     """Tiles for ``operation``, a key of the tables, at the larger of the two head dims.
 
     A mask takes shared memory and registers of its own: a row's "masked" says what to change for it.
     """
+    return _overrides.get(operation) or _listed_tiles(operation, head_dim, dtype_bits, device, masked)
+
+
+@functools.cache
+def _listed_tiles(operation: str, head_dim: int, dtype_bits: int, device: Device, masked: bool) -> Tiles:
     if device.arch == INTERPRETER:
         # Small, so that small test shapes still cross tile borders.
         rows = DECODE_ROWS if operation == "attention_decode" else 32
@@ -102,9 +176,7 @@ def attention_tiles(operation: str, head_dim: int, dtype_bits: int, device: Devi
     rows = table(device.arch, device.shared_memory)[operation]
     rows = [row for row in rows if row["dtype_bits"] == dtype_bits]
     row = min((row for row in rows if row["head_dim"] >= head_dim), key=lambda row: row["head_dim"])
-    row = row | row.get("masked", {}) if masked else row
-    options = {name: row[name] for name in ("persistent", "descriptors", "specialize") if name in row}
-    return Tiles(row["BLOCK_M"], row["BLOCK_N"], row["num_warps"], row["num_stages"], **options)
+    return Tiles.of(row | row.get("masked", {}) if masked else row)
 
 
 def decode_splits(device: Device, programs: int, rows: int, group: int, blocks: int) -> int:

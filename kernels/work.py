@@ -5,6 +5,7 @@ usual: it is a few operations for each element, where the products do thousands.
 definition, not of an implementation, so that faster code shows as a higher rate.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -84,8 +85,14 @@ def attention_flops(T: int, B: int, E: int, pass_: str, causal: bool = True) -> 
 def visible_pairs(M: int, N: int, causal: bool = False, window: int | None = None) -> int:
     """Of M queries and N keys, how many pairs may attend: query m sees keys n <= m, if causal, and of those the last
     ``window``, if there is one."""
-    last = (min(m, N - 1) if causal else N - 1 for m in range(M))
-    first = (max(m - window + 1, 0) if window else 0 for m in range(M))
+    return banded_pairs(M, N, window - 1 if window else None, 0 if causal else None)
+
+
+@functools.lru_cache(maxsize=256)
+def banded_pairs(M: int, N: int, left: int | None = None, right: int | None = None, diagonal: int = 0) -> int:
+    """How many pairs have -left <= n - m - diagonal <= right, as the kernels of attention count; None is open."""
+    first = (0 if left is None else max(m + diagonal - left, 0) for m in range(M))
+    last = (N - 1 if right is None else min(m + diagonal + right, N - 1) for m in range(M))
     return sum(max(end - begin + 1, 0) for begin, end in zip(first, last, strict=True))
 
 
@@ -95,6 +102,19 @@ def score_flops(pairs: float, D: int, DV: int, pass_: str) -> float:
     4·D, and 2.5 times as much."""
     forward = 2 * (D + DV)
     return pairs * (forward if pass_ == "forward" else forward + 2 * (3 * D + 2 * DV))
+
+
+# Of each attention kernel, how many products as wide as a key and as wide as a value it makes for a visible pair.
+# Backward's two kernels both need the score and the gradient of the weight, which one kernel would make once: together
+# they do 2·(D + DV) more than ``score_flops`` counts.
+PAIR_PRODUCTS = {
+    "attention_forward_kernel": (1, 1),
+    "attention_decode_kernel": (1, 1),
+    "attention_weights_kernel": (1, 0),
+    "attention_backward_dkdv_kernel": (2, 2),
+    "attention_backward_dq_kernel": (2, 1),
+    "attention_backward_bias_kernel": (1, 1),
+}
 
 
 def attention_work(

@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import info, verify
+from .commands import info, precompile, profile, tune, verify
+from .kernels.tables import BadTable
 
-COMMANDS = {"info": info, "verify": verify}
+COMMANDS = {"info": info, "verify": verify, "profile": profile, "tune": tune, "precompile": precompile}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit status: 0 if all is well, 1 if a check failed."""
+    """Run one subcommand and return the exit status: 0 if all is well, 1 if a check failed, 2 if it cannot run."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="seqcore", description="Fused kernels for recurrence and attention.")
     subparsers = parser.add_subparsers(dest="command", required=True)
@@ -19,4 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # As they came, for a command that has to begin again in another process.
     options.arguments = arguments
-    return COMMANDS[options.command].run(options)
+    try:
+        return COMMANDS[options.command].run(options)
+    except BadTable as error:
+        print(f"seqcore {options.command}: {error}", file=sys.stderr)
+        return 2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends, kernels
+from .kernels import tables
 
 
 def gather() -> dict[str, Any]:
@@ -27,6 +28,7 @@ def gather() -> dict[str, Any]:
         "multiprocessors": described.multiprocessors if device.type == "cuda" else None,
         "shared_memory_bytes": described.shared_memory if device.type == "cuda" else None,
         "tuned_table": backends.tuning.is_measured(described.arch),
+        "tables": _tables(described),
         "interpreter": backends.INTERPRETED,
         "default_backend": backends.resolve(None),
         "backends": [_backends(described, family, operation) for family, operation in OPERATIONS],
@@ -41,6 +43,45 @@ def kernel_hashes() -> dict[str, str]:
         for path in sorted(folder.rglob("*.py"))
         if path.name != "__init__.py"
     }
+
+
+def family_hash(family: str) -> str:
+    """One short hash over the kernels of "attention" or "recurrence", and what those call."""
+    hashes = kernel_hashes()
+    own = [value for path, value in hashes.items() if path.startswith(f"{family}/") or path in SHARED_KERNELS]
+    return hashlib.sha256("".join(own).encode()).hexdigest()[:12]
+
+
+SHARED_KERNELS = ("activations.py", "grid.py")
+
+
+def _tables(device: backends.Device) -> list[dict[str, Any]]:
+    """The tables of tile sizes in force, the user's before ours, and how many rows each gives.
+
+    A row measured with other kernels than today's is stale, and yet in force.
+    """
+    hashes = {section: family_hash(section.partition("_")[0]) for section in tables.SECTIONS}
+    found, above = [], {}
+    for path in backends.tuning.files(device.arch, device.shared_memory):
+        table = tables.read(path, device.arch)
+        rows = [(section, row) for section, row in tables.rows(table) if not tables.holds(above, section, row)]
+        stale = sum(row.get("measured", {}).get("kernels", hashes[section]) != hashes[section] for section, row in rows)
+        if rows:
+            about = {name: table.get(name) for name in ("provenance", "measured_on")}
+            found.append({"file": str(path), "rows": len(rows), "stale_rows": stale} | about)
+        above = tables.merged(above, table)
+    return found
+
+
+def identity() -> str:
+    """What a result of this library depends on: its sources, the versions below it, and the device."""
+    digest = hashlib.sha256()
+    for folder in (Path(kernels.__file__).parent, Path(__file__).parent):
+        for path in sorted((*folder.rglob("*.py"), *folder.rglob("tuned/*.json"))):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    interpreted = " interpreted" if backends.INTERPRETED else ""
+    return f"{device}{interpreted} torch {torch.__version__} triton {_triton_version()} {digest.hexdigest()[:12]}"
 
 
 OPERATIONS = (("recurrence", "rnn_tanh"), ("recurrence", "gru"), ("recurrence", "lstm"), ("attention", "attention"))
@@ -70,7 +111,11 @@ def _triton_version() -> str | None:
 
 def render(info: dict[str, Any]) -> str:
     """``gather()``'s dictionary as text."""
-    lines = [f"{name:<20} {value}" for name, value in info.items() if name != "backends"]
+    lines = [f"{name:<20} {value}" for name, value in info.items() if name not in ("tables", "backends")]
+    for table in info["tables"]:
+        lines += ["", f"{table['rows']} rows of tile sizes from {table['file']}", f"  {table['provenance']}"]
+        if table["stale_rows"]:
+            lines.append(f"  {table['stale_rows']} of them measured with other kernels than these: run seqcore tune")
     for entry in info["backends"]:
         lines += ["", f"{entry['operation']}: auto takes {entry['auto']}"]
         for name in ("triton", "aten", "reference"):

@@ -1,6 +1,8 @@
 """What a long run has finished, line by line, so that a run which begins again loses nothing."""
 
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,28 @@ class Journal:
     def __init__(self, path: Path, key: str, kind: str):
         self.path, self.key, self.kind = path, key, kind
         self.done: dict[str, Any] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        for line in text.splitlines():
-            entry = _parsed(line)
-            if (entry.get("key"), entry.get("kind")) == (key, kind):
+        self._begun: set[str] = set()
+        for entry in lines(path):
+            if (entry["key"], entry["kind"]) != (key, kind):
+                continue
+            if "value" in entry:
                 self.done[entry["name"]] = entry["value"]
-        if text and not text.endswith("\n"):
+            self._begun.add(entry["name"])
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
             # Whoever wrote was cut short; the next line must not continue that one.
             self._append("\n")
 
     def __contains__(self, name: str) -> bool:
         return name in self.done
+
+    @property
+    def suspects(self) -> set[str]:
+        """What was begun and never finished: it may have hung or crashed, and is better left to the end."""
+        return self._begun - self.done.keys()
+
+    def begin(self, name: str) -> None:
+        """Note that ``name`` is about to run."""
+        self._append(json.dumps({"key": self.key, "kind": self.kind, "name": name}) + "\n")
 
     def add(self, name: str, value: Any) -> None:
         """Note that ``name`` is finished and what came out, which JSON must be able to hold."""
@@ -40,10 +53,17 @@ class Journal:
             file.write(text)
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    """The entry on a line, or nothing if it was cut short."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Every entry of a journal, whatever its key and kind; a line that was cut short is none."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def forget(path: Path, unwanted: Callable[[str, str], bool]) -> None:
+    """Take every entry from a journal of which ``unwanted(kind, name)`` is true."""
+    kept = [entry for entry in lines(path) if not unwanted(entry["kind"], entry["name"])]
+    if path.exists():
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")

@@ -11,12 +11,12 @@ import pytest
 from seqcore.cells import BUILT_IN
 from seqcore.kernels import tuning
 from seqcore.kernels.recurrence.plan import split
-from seqcore.testing import aot
+from seqcore.testing import aot, aot_usage
 from seqcore.testing.aot_catalogue import catalogue, covering
 from seqcore.testing.aot_entry import TARGETS, Entry, spill_budgets
 
 KERNELS = Path(tuning.__file__).parent
-ROW_KEYS = {"kernel", "configuration", "target", "shared", "registers", "spills", "budget", "mma", "seconds", "ok"}
+ROW_KEYS = {"kernel", "configuration", "target", "shared", "registers", "spills", "budget", "mma", "compile_s", "ok"}
 
 
 def entry(kernel: str, target: str, **wanted: str) -> Entry:
@@ -164,9 +164,9 @@ Resource usage:
  Function attention_forward_kernel:
   REG:168 STACK:24 SHARED:1024 LOCAL:0 CONSTANT[0]:672 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-    assert aot.parse_cuda_usage(text) == {"registers": 168, "spills": 24}
+    assert aot_usage.parse_cuda_usage(text) == {"registers": 168, "spills": 24}
     with pytest.raises(ValueError, match="no resource usage"):
-        aot.parse_cuda_usage("Fatal: not an object file")
+        aot_usage.parse_cuda_usage("Fatal: not an object file")
 
 
 def test_reads_amd_resources():
@@ -177,16 +177,16 @@ def test_reads_amd_resources():
     .vgpr_count:     512
     .vgpr_spill_count: 22
 """
-    assert aot.amd_usage(text) == {"registers": 512, "spills": 92, "scalar_spills": 13}
+    assert aot_usage.amd_usage(text) == {"registers": 512, "spills": 92, "scalar_spills": 13}
     with pytest.raises(ValueError, match=r"lacks \.vgpr_count"):
-        aot.amd_usage(text.replace(".vgpr_count", ".other"))
+        aot_usage.amd_usage(text.replace(".vgpr_count", ".other"))
 
 
 def test_counts_matrix_instructions():
     ptx = "wgmma.mma_async.sync.aligned.m64n64k16 a;\n wgmma.fence.sync;\n mma.sync.aligned.m16n8k16 b;\n"
-    assert aot.matrix_instructions(ptx) == {"wgmma": 1, "mma.sync": 1}
-    assert aot.matrix_instructions("v_mfma_f32_32x32x8_f16 x\n v_mfma_f32_32x32x8_f16 y") == {"mfma": 2}
-    assert aot.matrix_instructions("tcgen05.mma.cta_group::1.kind::f16 x\n tcgen05.commit y") == {"tcgen05": 1}
+    assert aot_usage.matrix_instructions(ptx) == {"wgmma": 1, "mma.sync": 1}
+    assert aot_usage.matrix_instructions("v_mfma_f32_32x32x8_f16 x\n v_mfma_f32_32x32x8_f16 y") == {"mfma": 2}
+    assert aot_usage.matrix_instructions("tcgen05.mma.cta_group::1.kind::f16 x\n tcgen05.commit y") == {"tcgen05": 1}
 
 
 def test_command_writes_rows_and_tells_by_its_status(tmp_path, capsys):
@@ -195,6 +195,27 @@ def test_command_writes_rows_and_tells_by_its_status(tmp_path, capsys):
     rows = json.loads(out.read_text())
     assert rows and all(row.keys() >= ROW_KEYS and row["ok"] for row in rows)
     assert "pointwise_kernel" in capsys.readouterr().out
+
+
+def test_times_a_compile_only_where_there_was_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = entry("empty_kernel", "sm_90")
+    first, again = aot.compile_entry(found), aot.compile_entry(found)
+    assert first["compile_s"] > 0 and again["compile_s"] is None
+    assert first["hash"] == again["hash"] != aot.compile_entry(entry("empty_kernel", "sm_80"))["hash"]
+
+
+def test_takes_the_time_of_a_compile_over_from_the_rows_of_before(tmp_path, capsys):
+    out = tmp_path / "aot.json"
+    command = ["--kernel", "empty_kernel", "--target", "sm_90", "--out", str(out), "--jobs", "1"]
+    assert aot.main(command) == 0
+    rows = json.loads(out.read_text())
+    out.write_text(json.dumps([rows[0] | {"compile_s": 123.4}]))
+    assert aot.main(command) == 0
+    assert json.loads(out.read_text())[0]["compile_s"] == 123.4
+    assert "123.4" in capsys.readouterr().out
+    out.write_text("of another kind")
+    assert aot.main(command) == 0 and json.loads(out.read_text())[0]["compile_s"] is None
 
 
 def test_command_refuses_a_kernel_that_is_not():

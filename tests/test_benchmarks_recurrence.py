@@ -11,12 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqcore.backends import INTERPRETED
 from seqcore.kernels import work as speed_of_light
 from seqcore.kernels.tuning import Device
+from seqcore.profiling.exchange import run_barrier
 
 from .benchmark_modules import load
 
 pytest.importorskip("pytest_benchmark")
 floors, layers, shapes, timing = (load(name) for name in ("floors", "layers", "shapes", "timing"))
-cases, report, rows = (load(name) for name in ("recurrence_cases", "recurrence_report", "rows"))
+cases, report, rows = (load(name) for name in ("recurrence_cases", "reporting.recurrence", "rows"))
 
 H200 = Device("sm_90", multiprocessors=132, shared_memory=232448, registers=65536)
 
@@ -58,7 +59,7 @@ def test_a_program_writes_its_share_and_no_more(device):
 @pytest.mark.kernels
 def test_barrier_counts_every_program(device):
     slices, teams, steps = (1 if INTERPRETED else 8), 3, 4
-    counters = floors.run_barrier(slices, teams, steps, str(device))
+    counters = run_barrier(slices, teams, steps, str(device))
     assert counters.view(teams, -1)[:, 0].tolist() == [slices * steps] * teams
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from seqcore.journal import Journal
+from seqcore.journal import Journal, forget
 
 
 def test_what_was_finished_is_found_again(tmp_path):
@@ -23,6 +23,16 @@ def test_other_sources_and_other_kinds_do_not_count(tmp_path):
     assert not Journal(path, "key", "other").done
 
 
+def test_what_was_begun_and_never_finished_is_suspect(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, "key", "row")
+    for name in ("good", "bad"):
+        journal.begin(name)
+    journal.add("good", 1)
+    again = Journal(path, "key", "row")
+    assert again.suspects == {"bad"} and again.done == {"good": 1}
+
+
 def test_the_last_result_counts(tmp_path):
     path = tmp_path / "journal.jsonl"
     journal = Journal(path, "key", "row")
@@ -40,3 +50,14 @@ def test_a_line_cut_short_loses_only_itself(tmp_path):
     again = Journal(path, "key", "row")
     again.add("second", 2)
     assert Journal(path, "key", "row").done == {"first": 1, "second": 2}
+
+
+def test_what_is_to_be_forgotten_is(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    for kind in ("row", "stage"):
+        journal = Journal(path, "key", kind)
+        journal.add("first", 1)
+        journal.begin("second")
+    forget(path, lambda kind, name: kind == "row")
+    assert not Journal(path, "key", "row").done and not Journal(path, "key", "row").suspects
+    assert Journal(path, "key", "stage").done == {"first": 1}

@@ -97,24 +97,26 @@ def split(gates: int, padded: bool) -> tuple[int, int]:
     return first, power_of_two(gates - first, least=1)
 
 
-_overrides: dict[str, Any] = {}
+# Of forward (False) and of backward (True).
+_overrides: dict[bool, dict[str, Any]] = {False: {}, True: {}}
 
 
 @contextlib.contextmanager
-def overriding(**fields: Any) -> Iterator[None]:
+def overriding(backward: bool | None = None, **fields: Any) -> Iterator[None]:
     """Plans made within the block have these fields, whatever was chosen: for tests and for tuning.
 
-    In all threads, since autograd runs backward in one of its own.
+    Those of forward or backward alone if ``backward`` says which. In all threads, since autograd runs backward in one
+    of its own.
 
     ``units`` smaller than a block's makes several slices. Interpreted programs run one after another, so there
     that is an error, except under ``seqcore.testing.explorer``.
     """
-    before = dict(_overrides)
-    _overrides.update(fields)
+    before = {side: dict(chosen) for side, chosen in _overrides.items()}
+    for side in (False, True) if backward is None else (backward,):
+        _overrides[side].update(fields)
     try:
         yield
     finally:
-        _overrides.clear()
         _overrides.update(before)
 
 
@@ -128,7 +130,8 @@ def make(shape: Shape, device: Device) -> Plan:
         chosen = _interpreted(shape)
     else:
         chosen = _tuned(shape, device) or _best(shape, device)
-    return _completed(shape, device, replace(chosen, **_overrides)) if _overrides else chosen
+    fields = _overrides[shape.backward]
+    return _completed(shape, device, replace(chosen, **fields)) if fields else chosen
 
 
 def make_step(shape: Shape, device: Device) -> Plan:
@@ -137,7 +140,7 @@ def make_step(shape: Shape, device: Device) -> Plan:
     plan = _blank(
         rows=min(64, power_of_two(shape.batch)), units=16, tile=narrow, stage=3, hold=False, padded=True, num_warps=4
     )
-    plan = replace(plan, **_overrides)
+    plan = replace(plan, **_overrides[False])
     slices, groups = _ceil(shape.units, plan.units), _ceil(shape.batch, plan.rows)
     teams = groups * shape.directions * shape.blocks
     return replace(

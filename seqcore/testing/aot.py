@@ -18,10 +18,7 @@ import io
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,21 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import INTERPRETED
+from ..kernels.tuning import TYPICAL
 from .aot_attention import probes
 from .aot_catalogue import catalogue, covering
 from .aot_entry import SPILL_BUDGETS, TARGETS, Entry, Function, spill_budgets
+from .aot_usage import allocations_above_loop, resources
 
 # Most shared memory, in bytes, that one program may use.
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_LIMIT = {target: shared_memory for target, (_, shared_memory) in TYPICAL.items()}
 # Columns of tensor memory on sm_100.
 TENSOR_MEMORY_LIMIT = 512
-
-MATRIX_INSTRUCTIONS = {
-    "wgmma": r"\bwgmma\.mma_async",
-    "mma.sync": r"\bmma\.sync",
-    "tcgen05": r"\btcgen05\.mma",
-    "mfma": r"\bv_mfma_",
-}
 
 Row = dict[str, Any]
 
@@ -67,13 +59,14 @@ def resolve(function: Function):
 def specialised_source(entry: Entry):
     """``entry`` as Triton's compiler takes it, specialised as a launch with these arguments would be.
 
-    That is: tensors are aligned to 16 bytes; an integer that is 1 becomes a constant, as None does, and one that
-    divides by 16 is marked so, unless the kernel forbids it.
+    That is: tensors are aligned to 16 bytes, and for AMD smaller than 2 GiB; an integer that is 1 becomes a constant,
+    as None does, and one that divides by 16 is marked so, unless the kernel forbids it.
     """
     from triton.compiler import ASTSource
 
     kernel = resolve(entry.kernel)
     signature, constants, attributes = {}, {}, {}
+    tensor = [["tt.divisibility", 16]] + ([] if entry.target.startswith("sm_") else [["tt.pointer_range", 32]])
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
         if parameter.is_constexpr:
@@ -81,17 +74,22 @@ def specialised_source(entry: Entry):
             signature[name], constants[(index,)] = "constexpr", resolve(value) if isinstance(value, Function) else value
         else:
             specialise = not parameter.do_not_specialize
-            signature[name] = _specialised(entry.arguments[name], specialise, (index,), constants, attributes)
+            signature[name] = _specialised(entry.arguments[name], specialise, (index,), tensor, constants, attributes)
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def _specialised(value: Any, specialise: bool, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
-    """The type of one argument, or of a tuple of them; constants and alignments go into the two dictionaries."""
+def _specialised(
+    value: Any, specialise: bool, path: tuple[int, ...], tensor: list, constants: dict, attributes: dict
+) -> Any:
+    """The type of one argument, or of a tuple of them; constants and alignments go into the two dictionaries.
+
+    ``tensor`` holds the attributes of a pointer.
+    """
     import triton
 
     if isinstance(value, tuple):
         # Triton asks nobody whether to specialise what is inside a tuple.
-        types = [_specialised(one, True, (*path, i), constants, attributes) for i, one in enumerate(value)]
+        types = [_specialised(one, True, (*path, i), tensor, constants, attributes) for i, one in enumerate(value)]
         return type(value)(*types)
     if isinstance(value, triton.language.constexpr):
         constants[path] = value.value
@@ -101,7 +99,7 @@ def _specialised(value: Any, specialise: bool, path: tuple[int, ...], constants:
         return "constexpr"
     if isinstance(value, str):
         if value.startswith("*"):
-            attributes[path] = [["tt.divisibility", 16]]
+            attributes[path] = tensor
         return value
     if isinstance(value, float):
         return "fp32"
@@ -125,31 +123,38 @@ def blank_row(entry: Entry) -> Row:
         "spills": None,
         "budget": entry.spill_budget,
         "mma": {},
-        "seconds": None,
+        "hash": None,
+        "compile_s": None,
         "ok": False,
         "error": None,
     }
 
 
 def compile_entry(entry: Entry) -> Row:
-    """One row of the report. Whatever goes wrong is in it, under ``error``."""
+    """One row of the report. Whatever goes wrong is in it, under ``error``.
+
+    ``compile_s`` is None where Triton's cache had what it would have compiled, of which ``hash`` is the name.
+    """
     import triton
 
     row = blank_row(entry)
-    began = time.perf_counter()
     try:
         # A failing assembler prints the whole program.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), triton.knobs.compilation.scope():
+            cached = []
+            triton.knobs.compilation.listener = lambda *, cache_hit, **_: cached.append(cache_hit)
+            began = time.perf_counter()
             compiled = triton.compile(
                 specialised_source(entry),
                 target=gpu_target(entry.target),
                 options={"num_warps": entry.num_warps, "num_stages": entry.num_stages},
             )
-        row |= resources(compiled)
+            seconds = round(time.perf_counter() - began, 2)
+        row |= {"hash": compiled.hash, "compile_s": None if any(cached) else seconds} | resources(compiled)
         error = violation(row) or broken_promise(entry, compiled, row)
     except Exception as exception:
         error = _innermost(exception)
-    return row | {"seconds": round(time.perf_counter() - began, 2), "ok": error is None, "error": error}
+    return row | {"ok": error is None, "error": error}
 
 
 def _innermost(exception: BaseException) -> str:
@@ -157,69 +162,6 @@ def _innermost(exception: BaseException) -> str:
     while exception.__cause__ is not None:
         exception = exception.__cause__
     return f"{type(exception).__name__}: {exception}".strip()
-
-
-def resources(compiled) -> Row:
-    """What a compiled kernel takes. Spills are bytes of scratch memory a thread."""
-    assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    usage = cuda_usage(compiled.asm["cubin"]) if "cubin" in compiled.asm else amd_usage(assembly)
-    return {
-        "shared": compiled.metadata.shared,
-        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
-        **usage,
-        "mma": matrix_instructions(assembly),
-        "specialised": "ttg.warp_specialize" in compiled.asm["ttgir"],
-    }
-
-
-def matrix_instructions(assembly: str) -> dict[str, int]:
-    """How many of each kind of matrix instruction the program text holds, without those it has none of."""
-    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in MATRIX_INSTRUCTIONS.items()}
-    return {name: count for name, count in counts.items() if count}
-
-
-def cuda_usage(cubin: bytes) -> dict[str, int]:
-    """Registers and spills of a cubin, by Triton's own cuobjdump."""
-    from triton.backends import nvidia
-
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return parse_cuda_usage(text)
-
-
-def parse_cuda_usage(text: str) -> dict[str, int]:
-    """Registers and spills out of ``cuobjdump --dump-resource-usage``.
-
-    Kernels keep no arrays of their own in local memory, so a thread's stack frame is its spilled registers.
-    """
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise ValueError(f"cuobjdump reports no resource usage: {text!r}")
-    return {"registers": int(found[1]), "spills": int(found[2])}
-
-
-def amd_usage(amdgcn: str) -> dict[str, int]:
-    """Registers and spills out of the metadata that ends an AMD program.
-
-    Vector registers spill to private memory. Scalar ones spill to lanes of vector registers, which costs no memory:
-    they are told apart and have no budget.
-    """
-
-    def metadata(key: str) -> int:
-        found = re.search(rf"^\s*-?\s*\.{key}:\s*(\d+)\s*$", amdgcn, re.MULTILINE)
-        if found is None:
-            raise ValueError(f"the program's metadata lacks .{key}")
-        return int(found[1])
-
-    return {
-        "registers": metadata("vgpr_count"),
-        "spills": metadata("private_segment_fixed_size"),
-        "scalar_spills": metadata("sgpr_spill_count"),
-    }
 
 
 def violation(row: Row) -> str | None:
@@ -242,12 +184,6 @@ def broken_promise(entry: Entry, compiled, row: Row) -> str | None:
     if entry.instruction is not None and entry.instruction not in row["mma"]:
         return f"uses {' and '.join(row['mma']) or 'no matrix instruction'}, not {entry.instruction}"
     return None
-
-
-def allocations_above_loop(ttgir: str) -> int:
-    """How many tensors a program puts into shared memory before its first loop begins."""
-    before, _, _ = ttgir.partition("scf.for")
-    return before.count("ttg.local_alloc")
 
 
 def compile_all(entries: list[Entry], jobs: int) -> Iterator[Row]:
@@ -286,6 +222,15 @@ def probe(jobs: int) -> int:
     return 0
 
 
+def known_times(out: Path) -> dict[str, float]:
+    """How long each program took to compile, by its hash, as far as the rows in ``out`` tell."""
+    try:
+        rows = json.loads(out.read_text())
+        return {row["hash"]: row["compile_s"] for row in rows if row["compile_s"] is not None}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def record(rows: list[Row]) -> None:
     """Raise the recorded spill budgets to what ``rows`` spill, and judge those again."""
     budgets = spill_budgets()
@@ -303,15 +248,15 @@ def record(rows: list[Row]) -> None:
 
 def table(rows: list[Row]) -> str:
     """``rows`` for a terminal, failures with their reasons last."""
-    columns = ("kernel", "configuration", "target", "shared", "regs", "spills", "budget", "matrix", "s", "")
+    columns = ("kernel", "configuration", "target", "shared", "regs", "spills", "budget", "matrix", "compile s", "")
     lines = [columns]
     for row in rows:
         matrix = " ".join(f"{count} {name}" for name, count in row["mma"].items())
         values = (row["kernel"], row["configuration"], row["target"], row["shared"], row["registers"], row["spills"],
-                  row["budget"], matrix, row["seconds"], "ok" if row["ok"] else "FAILED")  # fmt: skip
+                  row["budget"], matrix, row["compile_s"], "ok" if row["ok"] else "FAILED")  # fmt: skip
         lines.append(tuple("-" if value is None else str(value) for value in values))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numeric = [name in ("shared", "regs", "spills", "budget", "s") for name in columns]
+    numeric = [name in ("shared", "regs", "spills", "budget", "compile s") for name in columns]
     text = [
         "  ".join(
             value.rjust(width) if right else value.ljust(width)
@@ -360,8 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
         entries = covering(entries)
 
     began = time.perf_counter()
-    rows = []
+    rows, times = [], known_times(options.out)
     for row in compile_all(entries, max(1, options.jobs)):
+        if row["compile_s"] is None:
+            row["compile_s"] = times.get(row["hash"])
         rows.append(row)
         show_progress(len(rows), len(entries), row)
     rows.sort(key=lambda row: (row["kernel"], row["target"], row["configuration"]))

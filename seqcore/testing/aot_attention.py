@@ -42,27 +42,27 @@ def attention() -> Iterator[Entry]:
             # Groups of heads with one kind of mask, none with the others: neither makes much of a difference.
             chosen = {"bounds": bounds, "mask": mask, "group": "grouped" if mask == "bool" else ""}
             for kernel in KERNELS[:3]:
-                yield _entry(kernel, dtype, head_dim, target, chosen, precision)
+                yield attention_entry(kernel, dtype, head_dim, target, chosen, precision)
             for kernel in KERNELS[3:]:
                 if bounds == "causal" and (mask == "additive" or (mask == "unmasked" and kernel != "backward_bias")):
-                    yield _entry(kernel, dtype, head_dim, target, chosen, precision)
+                    yield attention_entry(kernel, dtype, head_dim, target, chosen, precision)
     for head_dim, way, bounds in product((64, 128), FORWARD_WAYS, FEATURES["bounds"][:2]):
-        yield _entry("forward", "bfloat16", head_dim, "sm_90", {"bounds": bounds}, "ieee", way)
+        yield attention_entry("forward", "bfloat16", head_dim, "sm_90", {"bounds": bounds}, "ieee", way)
     masked = {"bounds": "causal", "mask": "additive"}
     for dtype, head_dim, target in product(("bfloat16", "float32"), HEAD_DIMS, TARGETS):
-        yield _entry("decode", dtype, head_dim, target, masked, precisions(dtype, target)[0], ALL_ROWS)
+        yield attention_entry("decode", dtype, head_dim, target, masked, precisions(dtype, target)[0], ALL_ROWS)
     for target, way in product(TARGETS, BIAS_WAYS):
-        yield _entry("backward_bias", "bfloat16", 64, target, masked, "ieee", way)
+        yield attention_entry("backward_bias", "bfloat16", 64, target, masked, "ieee", way)
     for target, chosen, kernel in product(TARGETS, _combinations(), KERNELS):
         ways = chosen | {"mask": "additive"} if kernel == "backward_bias" else chosen
         if ways["sequences"] != "packed" or kernel not in ("decode", "weights"):
-            yield _entry(kernel, "bfloat16", 64, target, ways, "ieee")
+            yield attention_entry(kernel, "bfloat16", 64, target, ways, "ieee")
 
 
 def probes() -> list[Entry]:
     """Warps with roles of their own in the forward kernel: no table asks for it, and not every Triton compiles it."""
     plain = (
-        _entry("forward", "bfloat16", head_dim, target, {"bounds": bounds}, "ieee", "descriptors")
+        attention_entry("forward", "bfloat16", head_dim, target, {"bounds": bounds}, "ieee", "descriptors")
         for target, head_dim, bounds in product(("sm_90", "sm_100"), (64, 128), FEATURES["bounds"][:2])
     )
     return [
@@ -144,9 +144,10 @@ def _pointwise(dtype: str, head_dim: int, target: str, tags: dict[str, str]) -> 
     yield Entry(combine, target, arguments, constants | {"BLOCK_M": 16}, 4, 3, tags)
 
 
-def _entry(
+def attention_entry(
     kernel: str, dtype: str, head_dim: int, target: str, chosen: dict[str, str], precision: str, way: str = ""
 ) -> Entry:
+    """One of ``KERNELS`` in the tiles chosen for ``target``, with the ``chosen`` ways of ``FEATURES``."""
     operation = f"attention_{kernel}"
     masked = chosen.get("mask", "unmasked") != "unmasked"
     tiles = tuning.attention_tiles(operation, head_dim, 32 if dtype == "float32" else 16, tuning.Device(target), masked)
@@ -161,8 +162,9 @@ def _entry(
         arguments |= {"k_descriptor": described, "v_descriptor": described}
     constants = {
         "GROUP": 4 if chosen.get("group") else 1, "D": head_dim, "DV": head_dim, "BLOCK_D": block, "BLOCK_DV": block,
-        "PRECISION": precision, "PERSISTENT": way == "persistent", "SPECIALIZE": False, "SUM_M": way == BIAS_WAYS[0],
-        "SUM_N": way == BIAS_WAYS[1], "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns,
+        "PRECISION": precision, "PERSISTENT": way == "persistent" or tiles.persistent > 0,
+        "SPECIALIZE": tiles.specialize, "SUM_M": way == BIAS_WAYS[0], "SUM_N": way == BIAS_WAYS[1],
+        "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns,
     }  # fmt: skip
     tags = {"dtype": dtype, "head_dim": f"D={head_dim}", "precision": precision, "way": way}
     tags |= {name: chosen.get(name, ways[0]) for name, ways in FEATURES.items()}

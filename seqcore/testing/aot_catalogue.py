@@ -61,10 +61,11 @@ def _recurrence() -> Iterator[Entry]:
         for batch, backward in product(BATCHES[dtype], (False, True)):
             shape = plans.Shape(cell.gates, hidden, 1, batch, 1, 4 if dtype == "float32" else 2, backward)
             # A map changes nothing about tiles and products: one batch in one dtype shows it.
+            device = tuning.Device(target)
             for mapped in (False, True) if dtype == "bfloat16" and batch == 16 else (False,):
-                yield _sequence_entry(cell, dtype, target, shape, mapped)
+                yield sequence_entry(cell, dtype, device, shape, mapped)
             if few and dtype == "float32" and target.startswith("sm_"):
-                yield _sequence_entry(cell, dtype, target, replace(shape, parts=2), False)
+                yield sequence_entry(cell, dtype, device, replace(shape, parts=2), False)
             if few and not backward:
                 yield _step_entry(cell, dtype, target, shape)
 
@@ -85,8 +86,9 @@ def _cell_constants(cell: Cell, backward: bool) -> dict[str, Any]:
     return constants | {step: Function(function.removeprefix("seqcore.kernels."))}
 
 
-def _sequence_entry(cell: Cell, dtype: str, target: str, shape: plans.Shape, mapped: bool) -> Entry:
-    plan = plans.make(shape, tuning.Device(target))
+def sequence_entry(cell: Cell, dtype: str, device: tuning.Device, shape: plans.Shape, mapped: bool) -> Entry:
+    """The kernel of a whole sequence as planned for ``device``; ``mapped``: of ragged rows, with more features."""
+    plan, target = plans.make(shape, device), device.arch
     # In two parts where torch's switch forbids TF32.
     precision = "tf32x3" if shape.parts == 2 else precisions(dtype, target)[-1]
     constants = _cell_constants(cell, shape.backward) | {

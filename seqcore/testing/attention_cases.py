@@ -33,16 +33,16 @@ def attentions(device: torch.device) -> Iterator[Case]:
     for M, N, D in SIZES:
         for causal in (None, "top_left", "lower_right"):
             for mask in (None, (BATCH, 1, M, N), (1, HEADS, M, N)):
-                yield _case(device, M, N, D, causal=causal, bool_mask=mask)
+                yield attention_case(device, M, N, D, causal=causal, bool_mask=mask)
         for shape in ((M, N), (BATCH, 1, M, N), (1, HEADS, 1, N), (M, 1), (1, HEADS, 1, 1)):
-            yield _case(device, M, N, D, causal="lower_right", mask=shape)
+            yield attention_case(device, M, N, D, causal="lower_right", mask=shape)
         for features in _features(M, N):
-            yield _case(device, M, N, D, **features)
+            yield attention_case(device, M, N, D, **features)
     for M, N, D in DECODED:
         for features in ({}, *_features(M, N)):
             # Packed sequences are the plain kernel's. A query that sees one key or two has a gradient that cancels out.
             if "cu_seqlens" not in features and features.get("causal") != "top_left":
-                yield _case(device, M, N, D, KERNELS | {"default": DECODE}, **features)
+                yield attention_case(device, M, N, D, KERNELS | {"default": DECODE}, **features)
 
 
 def _features(M: int, N: int) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _features(M: int, N: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _case(
+def attention_case(
     device: torch.device, M: int, N: int, D: int, kernels: dict[str, str] = KERNELS, *, bool_mask=None, mask=None,
     sinks=False, alibi=False, cu_seqlens=False, query_lengths=None, key_lengths=None, **options: Any,
 ) -> Case:  # fmt: skip

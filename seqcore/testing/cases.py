@@ -50,12 +50,16 @@ def recurrences(device: torch.device) -> Iterator[Case]:
             continue
         for shape in RECURRENCES:
             for layout in LAYOUTS if shape[0] > 1 else LAYOUTS[:1]:
-                yield _recurrence(cell, *shape, layout, device)
+                yield recurrence_case(cell, *shape, layout, device)
 
 
-def _recurrence(cell: Cell, T: int, B: int, inputs: int, hidden: int, blocks: int, layout: str, device) -> Case:
+def recurrence_case(
+    cell: Cell, T: int, B: int, inputs: int, hidden: int, blocks: int, layout: str, device: torch.device,
+    directions: int = 2,
+) -> Case:  # fmt: skip
+    """One of ``LAYOUTS``; a single step has one direction."""
     generator = torch.Generator().manual_seed(0)
-    directions = 1 if T == 1 else 2
+    directions = 1 if T == 1 else directions
     tensors = {"x": torch.randn(T, B, inputs, generator=generator)}
     for state in cell.states:
         tensors[f"{state}0"] = torch.randn(directions, B, hidden, generator=generator)

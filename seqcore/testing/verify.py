@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..backends import INTERPRETED
+from ..journal import Journal
 from .attention_cases import attentions
 from .budget import check_budget
 from .cases import Case, Results, recurrences
@@ -40,29 +41,46 @@ def dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
 
-def verify(device: torch.device) -> Iterator[Row]:
+def verify(device: torch.device, only: str = "", journal: Journal | None = None) -> Iterator[Row]:
     """Run every case in every dtype on ``device``, which is a GPU, or the CPU in a process that interprets kernels.
 
-    float32 means float32: torch's switches for TF32 are off meanwhile.
+    float32 means float32: torch's switches for TF32 are off meanwhile. ``only`` is for cases whose name contains it.
+    What stands in ``journal`` is taken from there; what was begun there and never finished comes last.
     """
     switches = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
             switch.fp32_precision = "ieee"
-        for case in (*recurrences(device), *attentions(device)):
-            for dtype in dtypes():
-                yield from _judge(case, dtype)
+        cases = (case for case in (*recurrences(device), *attentions(device)) if only in case.name)
+        problems = [(case, dtype) for case in cases for dtype in dtypes()]
+        if journal is not None:
+            problems.sort(key=lambda problem: _name(*problem) in journal.suspects)
+        for case, dtype in problems:
+            yield from _judge(case, dtype) if journal is None else _journalled(case, dtype, journal)
     finally:
         for switch, value in zip(switches, before, strict=True):
             switch.fp32_precision = value
 
 
+def _name(case: Case, dtype: torch.dtype) -> str:
+    return f"{case.name} {str(dtype).removeprefix('torch.')}"
+
+
+def _journalled(case: Case, dtype: torch.dtype, journal: Journal) -> list[Row]:
+    """The problem's rows from the journal, or judged now and written there."""
+    name = _name(case, dtype)
+    if name not in journal:
+        journal.begin(name)
+        journal.add(name, [asdict(row) for row in _judge(case, dtype)])
+    return [Row(**row) for row in journal.done[name]]
+
+
 def _judge(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.tensors.items()}
     doubled = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
-    exact, eager = _compute(case, doubled, "reference"), _compute(case, inputs, "reference")
-    actual, again = _compute(case, inputs, "triton"), _compute(case, inputs, "triton")
+    exact, eager = compute(case, doubled, "reference"), compute(case, inputs, "reference")
+    actual, again = compute(case, inputs, "triton"), compute(case, inputs, "triton")
     for quantity, result in actual.items():
         budget = check_budget(result, exact[quantity], eager[quantity])
         yield Row(
@@ -79,7 +97,7 @@ def _judge(case: Case, dtype: torch.dtype) -> Iterator[Row]:
         )
 
 
-def _compute(case: Case, inputs: Results, backend: str) -> Results:
+def compute(case: Case, inputs: Results, backend: str) -> Results:
     """Outputs by name, and the gradient of each floating input x as "dx", for a fixed random cotangent."""
     leaves = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
     outputs = case.run(leaves, backend)

@@ -1,0 +1,54 @@
+"""Whether what a candidate computes may be timed at all: results first."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..testing import verify
+from ..testing.budget import check_budget
+from ..testing.cases import Results
+from .problem import Problem
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """torch's switches for float32 products of the library and of recurrences at ``precision``, "ieee" or "tf32"."""
+    switches = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = precision
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+def floats_as(dtype: torch.dtype, tensors: Results) -> Results:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+class Judge:
+    """Of the results of one problem's candidates, against float64 and what plain PyTorch makes in the same dtype."""
+
+    def __init__(self, problem: Problem, device: torch.device):
+        self.cases = []
+        for case in problem.cases(device):
+            inputs = floats_as(problem.dtype, case.tensors)
+            doubled = floats_as(torch.float64, inputs)
+            expected = [verify.compute(case, given, "reference") for given in (doubled, inputs)]
+            self.cases.append((case, inputs, *expected))
+
+    def refusal(self) -> str | None:
+        """Why results of the kernels, as they are launched now, are refused; None if they are within the budget."""
+        for case, inputs, exact, eager in self.cases:
+            try:
+                actual = verify.compute(case, inputs, "triton")
+            except Exception as error:
+                return f"{case.name}: {type(error).__name__}: {str(error)[:300]}"
+            for quantity, result in actual.items():
+                budget = check_budget(result, exact[quantity], eager[quantity])
+                if not budget.ok:
+                    return f"{quantity} of {case.name} is outside the error budget: {budget}"
+        return None
