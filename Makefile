@@ -17,7 +17,7 @@ AOT_VENV := $(VENV)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test bench aot aot-full gpu lint clean
+.PHONY: help venv test bench aot aot-full gpu ledger lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ gpu:  ## tests, numerics and benchmarks on this machine's GPU, with the system's
 	@$(PYTHON) -c '$(LINKED)' 2>/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 \
 	    $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m benchmarks.campaign --out $(or $(OUT),build/gpu) $(ARGS)
+
+ledger: $(VENV)/.ready  ## which kernels wait for a GPU; fails if README says other than the results
+	$(CLEAN) $(BIN)/python -m benchmarks.ledger --check
 
 lint: $(VENV)/.ready  ## ruff: the rules and the format of imports
 	$(BIN)/ruff check .

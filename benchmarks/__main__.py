@@ -6,42 +6,33 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, key
+from benchmarks.measured import ROW, is_finished, keep_header, row_of, write
 from benchmarks.progress import Progress
 from benchmarks.report import print_summary, write_report
+from benchmarks.resume import Resume
 from benchmarks.shapes import SIZES, choose_sizes
 from benchmarks.text import load_corpus
+from seqcore.journal import Journal
 
 # In the order they are measured.
 SUITES = ("floors", "recurrence", "attention", "bottleneck", "models")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="default: build/bench")
-    parser.add_argument("--suite", choices=SUITES, nargs="+", default=SUITES, help="only these")
-    parser.add_argument("--json", default="bench.json", metavar="NAME", help="the measurements' file in OUT")
-    parser.add_argument(
-        "--also", nargs="+", default=[], metavar="NAME", help="files of earlier runs in OUT, for the same report"
-    )
-    parser.add_argument("--sizes", choices=["auto", *SIZES], default="auto", help="auto: what suits this machine")
-    parser.add_argument("--text", type=Path, help="text the models train on (default: Python's standard library)")
-    parser.add_argument("--no-plots", action="store_true", help="tables and words only")
-    options = parser.parse_args(arguments)
-
+    options = parse(arguments)
     sizes = choose_sizes(options.sizes)
-    if options.text:
-        try:
-            load_corpus(options.text, sizes.models.text_bytes)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-
     options.out.mkdir(parents=True, exist_ok=True)
-    data = options.out / options.json
+    data, journal_path = options.out / "bench.json", options.out / "journal.jsonl"
+    if not options.resume:
+        journal_path.unlink(missing_ok=True)
+    conditions = [f"sizes {sizes.name}", *([f"text {options.text}"] if options.text else [])]
+    run_key = key(sizes.device, *conditions)
     # An old file must not be taken for the result of a run that failed to write one.
     data.unlink(missing_ok=True)
     print(f"Measuring at the sizes {sizes.name!r}.", flush=True)
     progress = Progress()
+    resume = Resume(Journal(journal_path, run_key, ROW), is_finished, row_of)
     status = pytest.main(
         [
             f"--rootdir={ROOT}",
@@ -50,24 +41,52 @@ def main(arguments: list[str] | None = None) -> int:
             "-pno:terminal",
             "--override-ini=addopts=--import-mode=importlib",
             f"--sizes={options.sizes}",
+            f"--time-share={sizes.share_of(options.seconds, options.suite)}",
             "-Wdefault",
             "--benchmark-quiet",
             f"--benchmark-json={data}",
             *([f"--text={options.text}"] if options.text else []),
             *(str(ROOT / "benchmarks" / f"test_{suite}.py") for suite in SUITES if suite in options.suite),
         ],
-        plugins=[progress],
+        plugins=[progress, resume],
     )
-    if not data.exists():
+    if data.exists():
+        keep_header(journal_path, run_key, data)
+    if not write(journal_path, run_key, data, sizes.device):
         print(f"Nothing was measured. {'; '.join(progress.reasons)}", file=sys.stderr)
         # A CPU may have nothing to say about what was asked; a GPU has.
         return int(status) or int(sizes.device == "cuda" or not progress.reasons)
-    also = [options.out / name for name in options.also if (options.out / name).exists()]
-    results, written = write_report([data, *also], options.out, not options.no_plots)
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+        # All of it was measured before.
+        status = pytest.ExitCode.OK
+    if options.no_report:
+        return int(status)
+    results, written = write_report([data], options.out, not options.no_plots)
     print_summary(results, [data, *written])
     if progress.failures:
         print("\nFailed:\n" + "\n".join(f"  {name}" for name in progress.failures), file=sys.stderr)
     return int(status)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="default: build/bench")
+    parser.add_argument("--suite", choices=SUITES, nargs="+", default=SUITES, help="only these")
+    parser.add_argument("--sizes", choices=["auto", *SIZES], default="auto", help="auto: what suits this machine")
+    parser.add_argument("--text", type=Path, help="text the models train on (default: Python's standard library)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from OUT/journal.jsonl, where a run of the same sources stopped"
+    )
+    parser.add_argument("--seconds", type=float, help="for these suites together (default: what suits the sizes)")
+    parser.add_argument("--no-plots", action="store_true", help="tables and words only")
+    parser.add_argument("--no-report", action="store_true", help="measure only")
+    options = parser.parse_args(arguments)
+    if options.text:
+        try:
+            load_corpus(options.text, choose_sizes(options.sizes).models.text_bytes)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    return options
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from benchmarks.attention_cases import AttentionCase
 from benchmarks.environment import BUSY_CORES, busy_cores, environment
 from benchmarks.floors import FloorMeter
+from benchmarks.measured import METER, OUT_OF_TIME
 from benchmarks.peers import versions
 from benchmarks.rows import add_roofs
 from benchmarks.shapes import SIZES, Case, Sizes, choose_sizes
@@ -24,7 +25,6 @@ MARKS = {
     "training": "forward and backward",
 }
 NOT_MEASURED = pytest.StashKey[list]()
-METER = pytest.StashKey[RoofMeter]()
 BUSY = pytest.StashKey[float | None]()
 
 
@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["auto", *SIZES],
         help="which sizes to measure; auto: the GPU's where there is one, else the CPU's",
     )
+    group.addoption("--time-share", type=float, default=1.0, help="how much of its usual time each suite may take")
     group.addoption("--text", help="text file the models train on (default: Python's standard library)")
 
 
@@ -135,12 +136,13 @@ def floor_meter(sizes: Sizes, stopwatch: Stopwatch) -> FloorMeter | None:
 
 
 @pytest.fixture(scope="module")
-def in_time() -> Callable[[float], None]:
-    """Skip what would begin more than that many seconds after its suite did."""
-    begin = time.monotonic()
+def in_time(request: pytest.FixtureRequest) -> Callable[[float], None]:
+    """Skip what would begin more than that many seconds, or the share of them that was asked for, after its suite."""
+    begin, share = time.monotonic(), request.config.getoption("--time-share")
 
     def check(limit: float) -> None:
+        limit *= share
         if time.monotonic() - begin > limit:
-            pytest.skip(f"out of time: the {limit:g} s up to here are spent")
+            pytest.skip(f"{OUT_OF_TIME}: the {limit:g} s up to here are spent")
 
     return check

@@ -123,6 +123,12 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
+def key(device: str, *conditions: str) -> str:
+    """What outcomes here depend on: machine, versions, sources, and under which conditions they came about."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return " ".join((f"{name} torch {torch.__version__} triton {version('triton')} {source_hash()}", *conditions))
+
+
 def source_hash() -> str:
     """One hash over every source file that can change a result, committed or not."""
     digest = hashlib.sha256()

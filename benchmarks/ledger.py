@@ -1,23 +1,45 @@
-"""Which kernels, as they stand, were verified on which GPU, and which wait for one.
+"""What is known of every kernel as it stands: on which GPU it was verified, and when it was last timed.
 
-    python -m benchmarks.ledger
+    python -m benchmarks.ledger             print it
+    python -m benchmarks.ledger --check     for CI: what waits; fails if README or a result disagree with the files
+    python -m benchmarks.ledger --take DIR  put a campaign's results below benchmarks/results/, and README in order
 
-A kernel was verified by a file of ``seqcore verify --out`` below ``benchmarks/results/`` in which all of its results
-are within the error budget and repeatable, and whose hashes of the kernel's source, and of all it imports, are today's.
+A kernel was verified by a whole run of ``seqcore verify`` on a GPU in which all of its results are within the error
+budget and repeatable, and was timed by a profile, or by a floor, both with the very sources of today: its file's and
+those of every file that it imports. What older sources did says nothing.
 """
 
+import argparse
 import ast
+import functools
+import hashlib
 import json
+import re
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.environment import ROOT
 from seqcore.info import kernel_hashes
 
-ROOT = Path(__file__).resolve().parent
-KERNELS = ROOT.parent / "kernels"
-RESULTS = ROOT / "results"
+KERNELS = ROOT / "kernels"
+RESULTS = ROOT / "benchmarks" / "results"
+WAITS = "waits for a GPU"
+# Files of a campaign, and how they are called among the results.
+TAKEN = {"bench.json": "", "verify.json": "-verify", "profile.json": "-profile", "tuned.json": "-tuned"}
+# Kernels that the floors suite measures by themselves, by the name of the floor.
+FLOORS = {
+    "barrier": "barrier_kernel",
+    "barrier and exchange": "exchange_kernel",
+    "launch in a CUDA graph": "empty_kernel",
+}
+# They count what kernels do, for profilers, and change nothing about it.
+COUNTING = {"work.py", "launch_work.py"}
 
 
+@functools.cache
 def kernels() -> dict[str, str]:
     """Every kernel's name and the file, below ``kernels/``, that defines it."""
     found = {}
@@ -28,12 +50,13 @@ def kernels() -> dict[str, str]:
     return found
 
 
-def sources(file: str) -> set[str]:
+@functools.cache
+def sources(file: str) -> frozenset[str]:
     """``file`` and every file below ``kernels/`` that it imports, directly or not."""
     found, waiting = set(), [file]
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in found | COUNTING:
             continue
         found.add(name)
         folder = (KERNELS / name).parent
@@ -42,34 +65,153 @@ def sources(file: str) -> set[str]:
                 base = folder.joinpath(*[".."] * (node.level - 1), *(node.module or "").split("."))
                 candidates = [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
                 waiting += [c.resolve().relative_to(KERNELS).as_posix() for c in candidates if c.is_file()]
-    return found
+    return frozenset(found)
 
 
-def verified(results: Path = RESULTS) -> dict[str, list[str]]:
-    """For each kernel the runs that verified it as it stands: device, dtypes and the file that says so."""
+def source_hash(file: str) -> str:
+    """One hash of a file and all that it imports."""
     today = kernel_hashes()
-    found: dict[str, list[str]] = {name: [] for name in kernels()}
-    for path in sorted(results.rglob("*.json")):
-        run = json.loads(path.read_text())
-        if "rows" not in run or "kernels" not in run.get("info", {}) or run["info"].get("interpreter"):
-            continue
-        for name, file in kernels().items():
-            rows = [row for row in run["rows"] if name in row["kernel"]]
-            same = all(run["info"]["kernels"].get(source) == today[source] for source in sources(file))
-            if rows and same and all(row["ok"] for row in rows):
-                dtypes = ", ".join(sorted({row["dtype"] for row in rows}))
-                found[name].append(f"{run['info']['device']} ({dtypes}; {path.name})")
-    return found
+    return hashlib.sha256("".join(today[name] for name in sorted(sources(file))).encode()).hexdigest()[:12]
 
 
-def main() -> int:
-    """Print the ledger; always 0, since waiting for a GPU is no failure."""
-    found = verified()
-    width = max(map(len, found))
-    for name, runs in found.items():
-        print(f"{name:<{width}}  {'; '.join(runs) or 'waits for a GPU'}")
-    waiting = sum(not runs for runs in found.values())
-    print(f"\n{len(found)} kernels, {len(found) - waiting} verified on a GPU as they stand, {waiting} waiting")
+@dataclass(frozen=True)
+class Run:
+    """One file of results from a GPU."""
+
+    path: Path
+    found: dict[str, Any]
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        return self.found.get("info") or self.found.get("machine") or self.found.get("seqcore", {}).get("machine", {})
+
+    @property
+    def gpu(self) -> str | None:
+        machine = self.machine
+        # What `seqcore info` gathers tells the device's name, whatever it is.
+        return machine.get("gpu") or (machine.get("device") if machine.get("multiprocessors") else None)
+
+    @property
+    def date(self) -> str:
+        return self.path.name[:10]
+
+    def has_todays(self, file: str) -> bool:
+        """Whether it ran with this file, and all that it imports, as they are."""
+        then, today = self.machine.get("kernels", {}), kernel_hashes()
+        return all(then.get(name) == today[name] for name in sources(file))
+
+
+def runs(results: Path = RESULTS) -> list[Run]:
+    """Every result from a GPU, the oldest first. Raises ValueError, naming the file, if one cannot be read."""
+    found = []
+    for path in sorted(results.rglob("*.json"), key=lambda path: path.name):
+        try:
+            found.append(Run(path, json.loads(path.read_text())))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}; remove it, or take the campaign's results again") from None
+    return [run for run in found if run.gpu and not run.machine.get("interpreter")]
+
+
+@dataclass
+class Entry:
+    """One kernel's line."""
+
+    kernel: str
+    file: str
+    verified: str | None = None
+    timed: str | None = None
+
+
+def ledger(results: Path = RESULTS) -> list[Entry]:
+    """What is known of every kernel as it stands; later runs take the place of earlier ones."""
+    entries = {name: Entry(name, file) for name, file in kernels().items()}
+    for run in runs(results):
+        for entry in entries.values():
+            if run.has_todays(entry.file):
+                entry.verified = _verified(run, entry.kernel) or entry.verified
+                entry.timed = _timed(run, entry.kernel) or entry.timed
+    return list(entries.values())
+
+
+def _verified(run: Run, kernel: str) -> str | None:
+    rows = [row for row in run.found.get("rows", ()) if kernel in row["kernel"].split(", ")]
+    if not rows or not run.found.get("complete") or not all(row["ok"] for row in rows):
+        return None
+    return f"{run.gpu}, {run.date} ({', '.join(sorted({row['dtype'] for row in rows}))})"
+
+
+def _timed(run: Run, kernel: str) -> str | None:
+    """The time of its longest part in any profile, or of the floor that it is."""
+    times = [
+        (part["ms"], f"{profile['op']} {profile['pass']} {profile['dtype']} {_sizes(profile['shape'])}")
+        for profile in run.found.get("profiles", ())
+        for part in profile["kernels"]
+        if part["name"] == kernel
+    ]
+    rows = (entry["extra_info"] for entry in run.found.get("benchmarks", ()))
+    times += [
+        (row["ms_p50"], f"{row['op']} {_sizes(row['shape'])}".strip())
+        for row in rows
+        if row.get("suite") == "floors" and FLOORS.get(row["op"]) == kernel
+    ]
+    if not times:
+        return None
+    ms, what = max(times)
+    return f"{ms:.3g} ms in {what} ({run.gpu}, {run.date})"
+
+
+def _sizes(shape: dict[str, int]) -> str:
+    return " ".join(f"{name}={count}" for name, count in shape.items())
+
+
+def take(campaign: Path, results: Path = RESULTS) -> list[Path]:
+    """Copy what a campaign wrote to where it is committed; say where.
+
+    Raises ValueError if it is from no GPU or nothing is there.
+    """
+    paths = [campaign / name for name in TAKEN if (campaign / name).exists()]
+    present = [Run(path, json.loads(path.read_text())) for path in paths]
+    if not present:
+        raise ValueError(f"{campaign} holds none of {', '.join(TAKEN)}; make them with `make gpu`")
+    measured = next((run for run in present if run.gpu and "seqcore" in run.found), None)
+    if measured is None:
+        raise ValueError(f"{campaign} holds nothing measured on a GPU, and only that is kept; run `make gpu` on one")
+    machine, date = measured.machine, measured.found["datetime"][:10]
+    commit = (machine["commit"] or "unknown")[:10] + ("-dirty" if str(machine["commit"]).endswith("-dirty") else "")
+    folder = results / re.sub(r"[^a-z0-9]+", "-", measured.gpu.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copy(run.path, folder / f"{date}-{commit}{TAKEN[run.path.name]}.json")) for run in present]
+
+
+def print_ledger(entries: list[Entry]) -> None:
+    width = max(len(entry.kernel) for entry in entries)
+    print(f"{'kernel':<{width}}  {'source':<12}  verified; timed")
+    for entry in entries:
+        known = f"{entry.verified or WAITS}; {entry.timed or 'not timed on a GPU yet'}"
+        print(f"{entry.kernel:<{width}}  {source_hash(entry.file):<12}  {known}")
+    verified, timed = (sum(getattr(entry, what) is not None for entry in entries) for what in ("verified", "timed"))
+    print(f"\n{len(entries)} kernels: {verified} verified on a GPU as they stand, {timed} timed, the others wait")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from benchmarks import readme
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="for CI; waiting for a GPU is no failure")
+    parser.add_argument("--take", type=Path, metavar="DIR", help="a campaign's results")
+    options = parser.parse_args(arguments)
+    try:
+        if options.take:
+            print("\n".join(f"written: {path}" for path in take(options.take)))
+            readme.write()
+        entries = ledger()
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print_ledger(entries)
+    if options.check and not readme.is_current():
+        print("README's performance section is out of date: run `python -m benchmarks.readme`", file=sys.stderr)
+        return 1
     return 0
 
 

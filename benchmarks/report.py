@@ -1,18 +1,20 @@
-"""The report: report.md and plots, from pytest-benchmark's JSON alone.
+"""The report: report.html, the same as report.md with PNG plots beside it, from pytest-benchmark's JSON alone.
 
-``python -m benchmarks.report FILE.json... [--out DIR] [--no-plots]``
+``python -m benchmarks.report FILE.json... [--profile FILE.json] [--out DIR] [--no-plots]``
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import answers, attention_report, recurrence_report
-from benchmarks.answers import NAMES, PASS_NAMES, SWEEPS
 from benchmarks.layers import TORCH
+from benchmarks.reporting import answers, attention, page, profiles, recurrence
+from benchmarks.reporting.answers import NAMES, PASS_NAMES, SWEEPS
+from benchmarks.reporting.page import Plot
+from benchmarks.reporting.short import in_short
+from benchmarks.reporting.tables import bytes_text, number, table
 from benchmarks.rows import OURS, Results, Row
 from benchmarks.shapes import OPS, PASSES
-from benchmarks.tables import bytes_text, number, table
 
 
 def times_table(results: Results, sweep: str, pass_: str) -> str:
@@ -83,6 +85,8 @@ def machine_lines(results: Results) -> list[str]:
     if limits:
         lines.append(f"- measured limits: {number(limits['peak_tflops'])} TFLOP/s ({limits['peak_dtype']} product), ")
         lines[-1] += f"{number(limits['copy_gb_per_s'])} GB/s (copy, reading and writing both counted)"
+    if machine.get("peers"):
+        lines.append(f"- peers: {'; '.join(f'{name} {version}' for name, version in machine['peers'].items())}")
     return [*lines, f"- date: {results.date}"]
 
 
@@ -95,27 +99,29 @@ def missing_lines(results: Results) -> list[str]:
     return [f"- {names[0]}{others(names)}: {reason}" for reason, names in found.items()]
 
 
-def report(results: Results, plots: list[Path]) -> str:
+def report(results: Results, plots: list[Plot]) -> str:
     """All of report.md."""
     sweeps = results.values("sweep", SWEEPS)
     parts = ["# What stepping through time costs", *filter(None, [answers.caveat(results), answers.busy(results)])]
-    parts += ["\n".join(machine_lines(results)), "## Answers"]
+    if said := in_short(results):
+        parts += ["## In short", "\n".join(f"- {sentence}" for sentence in said)]
+    parts += ["## Measured on", "\n".join(machine_lines(results)), "## Answers"]
     for title, sentences in (
         ("How time grows with length", [s for sweep in sweeps for s in answers.slope_sentences(results, sweep)]),
         ("Where attention stops being cheaper", [s for w in sweeps for s in answers.crossover_sentences(results, w)]),
         ("What a step costs beside attention", answers.step_sentences(results)),
         ("How much batch fills the machine", answers.filling_sentences(results)),
-        (f"Recurrences against {TORCH}", recurrence_report.sentences(results)),
-        ("Attention against torch's kernels", attention_report.sentences(results)),
+        (f"Recurrences against {TORCH}", recurrence.sentences(results)),
+        ("Attention against torch's kernels", attention.sentences(results)),
         ("Trained on real text", answers.model_sentences(results)),
     ):
         if sentences:
             parts += [f"### {title}", "\n".join(f"- {sentence}" for sentence in sentences)]
     if plots:
-        parts += ["## Plots", "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in plots)]
+        parts += ["## Plots", *(f"![{plot.title}]({plot.path.name})\n*{plot.caption}*" for plot in plots)]
     if results.rows:
         parts += ["## Tables", READING]
-    parts += recurrence_report.tables(results) + attention_report.tables(results)
+    parts += recurrence.tables(results) + attention.tables(results)
     for sweep in sweeps:
         parts += [f"### Slope of log time over log T, {SWEEPS[sweep]}", slope_table(results, sweep)]
     for sweep, name in {**SWEEPS, "batch_sweep": "batch varied"}.items():
@@ -141,21 +147,33 @@ before. Before its time counted, every layer was compared with float64, over at 
 the error budget."""
 
 
-def write_report(sources: list[Path], out: Path, with_plots: bool = True) -> tuple[Results, list[Path]]:
-    """Write report.md and the plots into ``out``; say what was read, and which files were written."""
+def write_report(
+    sources: list[Path], out: Path, with_plots: bool = True, profile: Path | None = None
+) -> tuple[Results, list[Path]]:
+    """Write report.html, report.md and the plots into ``out``; say what was read, and which files were written."""
     results = Results.load(*sources)
+    profiled = profiles.load(profile, results.machine) if profile else []
     if not results.rows:
         raise ValueError(f"no rows of these benchmarks in {sources[0]}; make it with `python -m benchmarks`")
     out.mkdir(parents=True, exist_ok=True)
-    drawn: list[Path] = []
-    if with_plots:
-        # Imported late: a machine without matplotlib still gets its tables.
-        from benchmarks import plots
+    drawn = draw(results, out, profiled) if with_plots else []
+    text = report(results, drawn)
+    written = {out / "report.html": page.render(text, drawn), out / "report.md": text}
+    for path, content in written.items():
+        path.write_text(content, encoding="utf-8")
+    return results, [*written, *(plot.path for plot in drawn)]
 
-        drawn = plots.draw_all(results, out)
-    page = out / "report.md"
-    page.write_text(report(results, [path for path in drawn if path.suffix == ".png"]), encoding="utf-8")
-    return results, [page, *drawn]
+
+def draw(results: Results, out: Path, profiled: list[profiles.Profile]) -> list[Plot]:
+    """Every plot; without matplotlib none, and a line that says so: words and tables need no more than Python."""
+    try:
+        from benchmarks.reporting import plots
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("No plots: matplotlib is not installed.", file=sys.stderr)
+        return []
+    return plots.draw_all(results, out, profiled)
 
 
 def print_summary(results: Results, written: list[Path]) -> None:
@@ -169,13 +187,13 @@ def print_summary(results: Results, written: list[Path]) -> None:
                 print(times_table(results, sweep, pass_))
         for sentence in answers.slope_sentences(results, sweep) + answers.crossover_sentences(results, sweep):
             print(f"- {sentence}")
-    for part in recurrence_report.summary(results) + attention_report.summary(results):
+    for part in recurrence.summary(results) + attention.summary(results):
         print(f"\n{part}")
     if results.select(suite="models"):
         print(f"\n{models_table(results)}")
         print("\n".join(f"- {sentence}" for sentence in answers.model_sentences(results)))
     if results.not_measured:
-        print(f"\n{len(results.not_measured)} not measured; report.md says which and why.")
+        print(f"\n{len(results.not_measured)} not measured; the report says which and why.")
     for warning in filter(None, [answers.caveat(results), answers.busy(results)]):
         print(f"\n{warning.replace('**', '')}")
     print("\nWritten:\n" + "\n".join(f"  {path}" for path in written))
@@ -184,11 +202,13 @@ def print_summary(results: Results, written: list[Path]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Draw the report again.")
     parser.add_argument("json", type=Path, nargs="+", help="pytest-benchmark's JSON, of one or more runs")
+    parser.add_argument("--profile", type=Path, help="kernels as profiled, for the roofline and the split of a step")
     parser.add_argument("--out", type=Path, help="folder to write to (default: beside the first)")
     parser.add_argument("--no-plots", action="store_true", help="tables and words only")
     options = parser.parse_args(arguments)
+    out = options.out or options.json[0].parent
     try:
-        results, written = write_report(options.json, options.out or options.json[0].parent, not options.no_plots)
+        results, written = write_report(options.json, out, not options.no_plots, options.profile)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ T is time, B batch, H the layer's width. Every layer maps [T, B, H] to [T, B, H]
 attention layer do the same job on the same data.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -131,6 +132,13 @@ class Sizes:
     # For the whole attention suite.
     attention_seconds: float
     models: ModelSizes = field(repr=False)
+
+    def share_of(self, seconds: float | None, suites: Iterable[str]) -> float:
+        """How much of their usual time these suites may take, for all of them to take ``seconds``."""
+        usual = {"bottleneck": self.suite_seconds, "recurrence": self.recurrence_seconds}
+        usual["attention"] = self.attention_seconds
+        together = sum(usual.get(suite, 0.0) for suite in suites)
+        return 1.0 if seconds is None or not together else seconds / together
 
     def cases(self) -> list[Case]:
         """All cases, sweep by sweep, short ones first, so that a sweep out of time has lost only its longest."""

@@ -1,12 +1,10 @@
-"""The benchmarks' own arithmetic, the campaign's bookkeeping, and one tiny run from end to end."""
+"""The benchmarks' own arithmetic, their check, and one tiny run from end to end."""
 
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ pytest.importorskip("pytest_benchmark")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("no kernel is run here: an interpreted process has nothing to add", allow_module_level=True)
 
-answers, campaign, fits = (load(name) for name in ("answers", "campaign", "fits"))
+answers, fits = (load(name) for name in ("reporting.answers", "reporting.fits"))
 layers, report, rows, shapes, timing = (load(name) for name in ("layers", "report", "rows", "shapes", "timing"))
 
 
@@ -197,105 +195,6 @@ def test_rows_name_the_best_peer():
     assert (info["best_peer"], info["ratio"], info["tokens_per_s"], info["us_per_step"]) == ("torch.nn", 2, 4000, 500)
 
 
-def fake_stage(folder: Path, code: str, limit_s: float = 60.0):
-    mark = folder / "ran"
-    command = [sys.executable, "-c", f"open({str(mark)!r}, 'a').write('x')\n{code}"]
-    return campaign.Stage("fake", command, limit_s), lambda: len(mark.read_text())
-
-
-def new_campaign(folder: Path, key: str = "key", force: bool = False):
-    return campaign.Campaign(folder, key, dict(os.environ), force)
-
-
-def test_a_stage_that_passed_is_not_run_again(tmp_path):
-    stage, runs = fake_stage(tmp_path, "print('done')")
-    assert new_campaign(tmp_path).run(stage).status == "passed"
-    assert new_campaign(tmp_path).run(stage).last_lines == ["done"]
-    assert runs() == 1
-    new_campaign(tmp_path, key="other sources").run(stage)
-    assert runs() == 2
-    new_campaign(tmp_path, key="other sources", force=True).run(stage)
-    assert runs() == 3
-
-
-def test_a_stage_that_failed_is_run_again(tmp_path):
-    stage, runs = fake_stage(tmp_path, "raise SystemExit(3)")
-    outcome = new_campaign(tmp_path).run(stage)
-    assert (outcome.status, outcome.exit_status) == ("failed", 3)
-    new_campaign(tmp_path).run(stage)
-    assert runs() == 2
-    assert len(json.loads((tmp_path / "campaign.json").read_text())["stages"]) == 1
-
-
-def test_a_stage_past_its_limit_is_stopped_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(campaign, "GRACE_SECONDS", 0.5)
-    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    code = f"import subprocess, sys\np = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-    code += f"open({str(tmp_path / 'child')!r}, 'w').write(str(p.pid))\np.wait()"
-    stage, _ = fake_stage(tmp_path, code, limit_s=2.0)
-    begin = time.monotonic()
-    outcome = new_campaign(tmp_path).run(stage)
-    assert outcome.status == "overran"
-    assert time.monotonic() - begin < 20
-    deadline = time.monotonic() + 10
-    while alive(int((tmp_path / "child").read_text())):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_a_stage_past_its_limit_may_write_what_it_has(tmp_path):
-    result = tmp_path / "partial"
-    code = f"import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  open({str(result)!r}, 'w').write('half')"
-    stage, _ = fake_stage(tmp_path, code, limit_s=1.0)
-    assert new_campaign(tmp_path).run(stage).status == "overran"
-    assert result.read_text() == "half"
-
-
-def test_an_older_result_is_not_taken_for_a_new_one(tmp_path):
-    old = tmp_path / "bench.json"
-    old.write_text("{}")
-    stage = campaign.Stage("fake", [sys.executable, "-c", ""], 60, (old,), lambda: campaign.summarize_bench(old))
-    assert new_campaign(tmp_path).run(stage).summary == "no results"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_campaign_stops(tmp_path, capsys):
-    assert campaign.main(["--out", str(tmp_path)]) == 2
-    assert "--tiny" in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
-
-
-def test_results_of_tests_become_json(tmp_path):
-    junit, out = tmp_path / "tests.xml", tmp_path / "tests.json"
-    junit.write_text(
-        '<testsuites><testsuite><testcase classname="a" name="good"/><testcase classname="a" name="bad">'
-        '<failure message="no"/></testcase><testcase classname="a" name="off"><skipped message="why"/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    assert campaign.summarize_tests(junit, out) == "1 passed, 1 failed, 1 skipped"
-    assert json.loads(out.read_text())["not_passed"][0] == {"name": "a::bad", "outcome": "failed", "reason": "no"}
-    assert not junit.exists()
-
-
-def test_linked_package_has_its_kernels(tmp_path, monkeypatch):
-    monkeypatch.setattr(campaign.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = campaign.linked_package()
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
-    code = "import seqcore, seqcore.kernels; print(seqcore.__file__)"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert found.stdout.startswith(str(folder))
-
-
 def run(*arguments: str) -> str:
     # One thread: beside other tests, threads that wait for each other take a hundred times as long.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -321,18 +220,12 @@ PROMISED |= {
 }
 
 
-def test_tiny_campaign_and_report(tmp_path):
-    out = tmp_path / "campaign"
-    for stage in ("floors", "bench", "models"):
-        printed = run("benchmarks.campaign", "--tiny", "--stage", stage, "--out", str(out))
-        assert f"{stage:<8} passed" in printed
-    assert len(list(out.iterdir())) <= 8
-    assert not (out / "floors.json").exists(), "a CPU has no floors"
-
-    files = out / "bench.json", out / "models.json"
-    measured = [json.loads(path.read_text()) for path in files]
-    assert "node" not in measured[0]["machine_info"]
-    found = [entry for part in measured for entry in part["benchmarks"]]
+def test_tiny_run_and_report(tmp_path):
+    out = tmp_path / "out"
+    run("benchmarks", "--sizes", "tiny", "--out", str(out), "--suite", "floors", "recurrence", "bottleneck", "models")
+    measured = json.loads((out / "bench.json").read_text())
+    assert "node" not in measured["machine_info"]
+    found = measured["benchmarks"]
     assert {entry["extra_info"]["suite"] for entry in found} == {"recurrence", "bottleneck", "models"}
     assert {entry["extra_info"]["op"] for entry in found} == {*shapes.OPS, "transformer"}
     for entry in found:
@@ -343,14 +236,18 @@ def test_tiny_campaign_and_report(tmp_path):
             assert entry["stats"]["median"] * 1e3 == pytest.approx(info["ms_p50"], rel=0.2, abs=0.05)
         else:
             assert info["max_loss_difference"] < 1e-4
-    # The last stage's report tells of them all.
-    whole = (out / "report.md").read_text()
-    assert "## Recurrences against torch.nn" in whole and "### Models" in whole and "LSTM T^" in whole
-
-    redrawn = tmp_path / "redrawn"
-    run("benchmarks.report", *map(str, files), "--out", str(redrawn))
-    pictures = {path.name for path in redrawn.glob("*.png")}
-    assert pictures == {"time_over_length.png", "time_of_a_step.png", "rate_over_batch.png", "loss_over_time.png"}
-    page = (redrawn / "report.md").read_text()
+    page = (out / "report.md").read_text()
+    assert "## Recurrences against torch.nn" in page and "### Models" in page and "LSTM T^" in page
+    pictures = {path.name for path in out.glob("*.png")}
+    assert pictures >= {"time_over_length.png", "rate_over_batch.png", "loss_over_time.png"}
     assert all(name in page for name in pictures)
-    assert "skipped" not in page.partition("## Not measured")[2]
+    skipped = measured["seqcore"]["not_measured"]
+    assert {entry["reason"] for entry in skipped} == {load("floors").NEEDS_A_GPU}
+
+
+def test_pytest_measures_by_itself_with_marks_to_select(tmp_path):
+    data = tmp_path / "out.json"
+    run("pytest", "benchmarks", "--sizes=tiny", "-m", "recurrence and forward", f"--benchmark-json={data}", "-q")
+    found = [entry["extra_info"] for entry in json.loads(data.read_text())["benchmarks"]]
+    assert {(info["suite"], info["pass"]) for info in found} == {("recurrence", "forward")}
+    assert all(info.keys() >= PROMISED and info["floor_ms"] > 0 for info in found)

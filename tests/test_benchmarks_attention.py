@@ -19,7 +19,8 @@ from .benchmark_modules import ROOT, load
 
 pytest.importorskip("pytest_benchmark")
 report, rows, shapes, timing = (load(name) for name in ("report", "rows", "shapes", "timing"))
-cases, data, peers, said = (load(f"attention_{name}") for name in ("cases", "data", "peers", "report"))
+cases, data, peers = (load(f"attention_{name}") for name in ("cases", "data", "peers"))
+said = load("reporting.attention")
 
 TINY = cases.attention_cases(shapes.TINY)
 KINDS = [case for case in TINY if case.pass_ == "forward" or case.sweep in ("bias", "memory")]
@@ -286,13 +287,6 @@ def test_report_of_the_attention_suite():
     assert "the worst is 0.50 against FlexAttention" in page
     assert "| 64.00 MiB |" in said.memory_table([measured(cases._square("memory", "forward", 1, 1, 8192, 8), 1.0)])
     assert "sliding window" in "\n".join(said.summary(results))
-
-
-def test_every_suite_has_a_stage_of_less_than_nine_minutes():
-    campaign, main = load("campaign"), load("__main__")
-    assert {suite for suites, _ in campaign.MEASURED.values() for suite in suites} == set(main.SUITES)
-    assert all(stage.limit_s < 540 for stage in campaign.stages(ROOT, tiny=False))
-    assert shapes.GPU.attention_seconds < campaign.MEASURED["attention"][1]
 
 
 def test_without_peers_there_is_no_ratio():

@@ -1,7 +1,7 @@
 """The project's questions, answered in words from the rows alone."""
 
 from benchmarks.environment import BUSY_CORES
-from benchmarks.fits import Crossover, Fit, batch_to_fill, find_crossover, fit_power
+from benchmarks.reporting.fits import Crossover, Fit, batch_to_fill, find_crossover, fit_power
 from benchmarks.rows import Results, Row
 from benchmarks.shapes import PASSES, RECURRENCES
 

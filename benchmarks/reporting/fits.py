@@ -1,11 +1,17 @@
 """What the report derives from the rows: slopes, crossovers, and the batch that fills the machine."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIN_POINTS = 3
 TIE = 0.05
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """What to say of ratios together: as often twice as half gives 1."""
+    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """What the recurrence and floors suites say, in words and tables."""
 
-import math
 import statistics
 
-from benchmarks.answers import NAMES
-from benchmarks.fits import fit_power
+from benchmarks.layers import TORCH, TORCHS
 from benchmarks.recurrence_cases import SWEEPS
+from benchmarks.reporting.answers import NAMES
+from benchmarks.reporting.fits import fit_power, geometric_mean
+from benchmarks.reporting.tables import absent_lines, number, ratio_text, table
 from benchmarks.rows import OURS, Results, Row
 from benchmarks.shapes import PASSES
-from benchmarks.tables import number, table
 
 # How near to its floor a step shall come.
 TIMES_FLOOR = 1.5
 SMALL_BATCH = 64
-# Not in the means: a dense layer in place of blocks does more work, and every length is one shape once more.
-APART = {"blocks", "length"}
+# Not in the means: what torch.nn does not know, so that something else takes its place, and one shape at every length.
+APART = {"blocks", "ragged", "reset", "length"}
 
 
 def sentences(results: Results) -> list[str]:
@@ -29,8 +29,19 @@ def _of(rows: list[Row], pass_: str) -> list[Row]:
     return [row for row in rows if row.info["pass"] == pass_]
 
 
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
+def torch_ratio(row: Row) -> float | None:
+    """The time of torch.nn's layer, or of what takes its place, over ours."""
+    times = [row.info["peers"][name] for name in TORCHS if name in row.info["peers"]]
+    return times[0] / row.info["ms_p50"] if times else None
+
+
+def in_means(rows: list[Row]) -> list[Row]:
+    """Those whose ratios to torch.nn are said together."""
+    return [row for row in rows if row.info["sweep"] not in APART and torch_ratio(row)]
+
+
+def mean_ratio(rows: list[Row]) -> float:
+    return geometric_mean([torch_ratio(row) for row in rows])
 
 
 def row_name(row: Row) -> str:
@@ -48,33 +59,39 @@ def _ratio_sentences(rows: list[Row], pass_: str) -> list[str]:
     }
     found = []
     for where, group in paths.items():
-        group = [row for row in group if row.info["sweep"] not in APART]
+        group = in_means(group)
         if not group:
             continue
-        worst = min(group, key=lambda row: row.info["ratio"])
-        means = [f"{geometric_mean([row.info['ratio'] for row in group]):.2f} over {len(group)} shapes"]
+        worst = min(group, key=torch_ratio)
+        means = [f"{mean_ratio(group):.2f} over {len(group)} shapes"]
         for what, part in (
             (f"B ≤ {SMALL_BATCH}", [row for row in group if row.B <= SMALL_BATCH]),
             (f"B > {SMALL_BATCH}", [row for row in group if row.B > SMALL_BATCH]),
         ):
             if part and len(part) < len(group):
-                means.append(f"{geometric_mean([row.info['ratio'] for row in part]):.2f} over those of {what}")
+                means.append(f"{mean_ratio(part):.2f} over those of {what}")
+        # The range from round to round is kept of the best peer only.
+        known = f" (20 to 80 %: {_range(worst)})" if worst.info["best_peer"] in TORCHS else ""
         found.append(
             f"{pass_.capitalize()}, {where}: geometric mean of the ratios {', '.join(means)}; the worst is "
-            f"{worst.info['ratio']:.2f} (20 to 80 %: {_range(worst)}), {row_name(worst)}."
+            f"{torch_ratio(worst):.2f}{known}, {row_name(worst)}."
         )
     return found
 
 
 def _range(row: Row) -> str:
-    return f"{row.info['ratio_p20']:.2f} to {row.info['ratio_p80']:.2f}"
+    return f"{row.info['ratio_p20']:.2f} to {row.info['ratio_p80']:.2f}" if row.info["ratio_p20"] else "-"
+
+
+def times_floor(rows: list[Row]) -> dict[str, float]:
+    """Of the rows with a floor of steps, how many times it they take, by name."""
+    return {row_name(row): row.info["ms_p50"] / row.info["floor_ms"] for row in rows if row.info["step_floors"]}
 
 
 def _floor_sentences(rows: list[Row], pass_: str) -> list[str]:
-    rows = [row for row in rows if row.info["step_floors"]]
-    if not rows:
+    times = times_floor(rows)
+    if not times:
         return []
-    times = {row_name(row): row.info["ms_p50"] / row.info["floor_ms"] for row in rows}
     within = sum(value <= TIMES_FLOOR for value in times.values())
     worst = max(times, key=times.__getitem__)
     return [
@@ -87,7 +104,7 @@ def _slope_sentences(results: Results) -> list[str]:
     found = []
     for pass_ in PASSES:
         rows = results.select(suite="recurrence", sweep="length", pass_=pass_)
-        names = rows[0].times if rows else ()
+        names = [name for name in (rows[0].times if rows else ()) if all(name in row.times for row in rows)]
         fits = {name: fit_power([row.T for row in rows], [row.times[name] for row in rows]) for name in names}
         if rows and all(fits.values()):
             first, H = fits[OURS], rows[0].info["shape"]["H"]
@@ -112,18 +129,19 @@ def _memory_sentences(rows: list[Row]) -> list[str]:
 
 
 def recurrence_table(rows: list[Row]) -> str:
-    header = ["layer", "dtype", "H", "B", "T", f"{OURS} ms", "peer ms", "ratio", "20 to 80 %", "µs/step"]
-    header += ["floor µs/step", "times floor", "floor is mostly", "plan"]
+    peers = list(dict.fromkeys(name for row in rows for name in row.info["peers"]))
+    header = ["layer", "dtype", "H", "B", "T", f"{OURS} ms", *(f"{name} ms" for name in peers), "best peer", "ratio"]
+    header += ["20 to 80 %", f"of {TORCH}", "µs/step", "floor µs/step", "times floor", "floor is mostly", "plan"]
     lines = []
     for row in rows:
         info = row.info
         plans = dict.fromkeys(step["regime"] for step in info["step_floors"] or [])
-        lines.append(
-            [NAMES[row.op], info["dtype"], f"{info['shape']['H']:,}", f"{row.B}", f"{row.T:,}", number(info["ms_p50"])]
-            + [number(info["peers"][info["best_peer"]]), f"{info['ratio']:.2f}", _range(row)]
-            + [number(info["us_per_step"]), number(1e3 * info["floor_ms"] / row.T)]
-            + [number(info["ms_p50"] / info["floor_ms"]), info["floor_kind"], ", ".join(plans) or "-"]
-        )
+        line = [NAMES[row.op], info["dtype"], f"{info['shape']['H']:,}", f"{row.B}", f"{row.T:,}"]
+        line += [number(info["ms_p50"]), *("-" if ms is None else number(ms) for ms in map(info["peers"].get, peers))]
+        line += [info["best_peer"] or "-", ratio_text(info["ratio"]), _range(row), ratio_text(torch_ratio(row))]
+        line += [number(info["us_per_step"]), number(1e3 * info["floor_ms"] / row.T)]
+        line += [number(info["ms_p50"] / info["floor_ms"]), info["floor_kind"], ", ".join(plans) or "-"]
+        lines.append(line)
     return table(header, lines)
 
 
@@ -138,7 +156,8 @@ def floors_table(rows: list[Row]) -> str:
 
 
 READING_FLOORS = f"""\
-*ratio* is the peer's median time over {OURS}'s, beside its range from round to round. The floor of a recurrence is \
+*ratio* is the best peer's median time over {OURS}'s, beside its range from round to round, and *of {TORCH}* the same \
+of torch's layer, to which the answers refer. The floor of a recurrence is \
 that of its steps and of all products beside them; a step's is the barrier and exchange, measured for the plan's \
 programs and rows, and the longer of reading its weights and multiplying (`benchmarks/floors.py`). On a CPU it is only \
 the larger of products and bytes."""
@@ -155,6 +174,8 @@ def tables(results: Results) -> list[str]:
         for pass_ in PASSES:
             if rows := _sorted(results, sweep, pass_):
                 parts += [f"#### {pass_.capitalize()}, {SWEEPS[sweep]}", recurrence_table(rows)]
+    if absent := absent_lines(results.select(suite="recurrence")):
+        parts += ["#### Peers of recurrences that did not take part", "\n".join(absent)]
     return parts
 
 

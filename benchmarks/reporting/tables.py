@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from benchmarks.rows import Row
+
 
 def table(header: list[str], lines: Iterable[list[str]]) -> str:
     """A Markdown table, its first column to the left and all others to the right, aligned in plain text too."""
@@ -26,3 +28,23 @@ def bytes_text(count: int | None) -> str:
 def number(value: float) -> str:
     """Three digits that matter."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def absent_lines(rows: list[Row]) -> list[str]:
+    """Which peers did not take part in what, and why."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        for name, reason in row.info.get("absent", {}).items():
+            found.setdefault((name, reason), []).append(row)
+    return [
+        f"- {name}, {'everywhere' if len(without) == len(rows) else _where(without)}: {reason}"
+        for (name, reason), without in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def _where(rows: list[Row]) -> str:
+    return f"{len(rows)} rows ({', '.join(dict.fromkeys(row.info['sweep'] for row in rows))})"

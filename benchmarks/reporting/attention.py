@@ -7,11 +7,10 @@ from functools import partial
 
 from benchmarks.attention_cases import HALF, SWEEPS
 from benchmarks.attention_peers import MATH, SDPA
-from benchmarks.fits import Fit, fit_power
-from benchmarks.recurrence_report import geometric_mean
+from benchmarks.reporting.fits import Fit, fit_power, geometric_mean
+from benchmarks.reporting.tables import absent_lines, bytes_text, number, ratio_text, table
 from benchmarks.rows import OURS, Results, Row
 from benchmarks.shapes import PASSES
-from benchmarks.tables import bytes_text, number, table
 
 # How near to a whole power of N memory must grow to be called by its name.
 NEAR = 0.1
@@ -87,6 +86,9 @@ class Target:
         rows = [row for row in rows if row.info["sweep"] in self.sweeps and row.T >= self.from_N]
         return self.figures([row for row in rows if self.D in (0, row.info["shape"]["D"])])
 
+    def met(self, results: Results) -> bool:
+        return all(value >= self.least for value in self.reached(results).values())
+
     def sentence(self, results: Results) -> str:
         found = self.reached(results)
         goal = f"{self.what}, target at least {self.least:g}{self.unit}"
@@ -94,7 +96,7 @@ class Target:
             return f"{goal}: not measured."
         worst = min(found, key=found.__getitem__)
         good = sum(value >= self.least for value in found.values())
-        verdict = "met" if good == len(found) else "not met"
+        verdict = "met" if self.met(results) else "not met"
         return f"{goal}: {verdict}, by {good} of {len(found)}; the least is {found[worst]:.3g} ({worst})."
 
 
@@ -136,12 +138,15 @@ def sentences(results: Results) -> list[str]:
     return found + _ratio_sentences(rows) + _memory_sentences(rows)
 
 
+def in_means(rows: list[Row]) -> list[Row]:
+    """Those whose ratios are said together; a memory row is one head, and no machine is full of it."""
+    return [row for row in rows if row.info["ratio"] and row.info["sweep"] != "memory"]
+
+
 def _ratio_sentences(rows: list[Row]) -> list[str]:
     found = []
     for pass_ in PASSES:
-        # A memory row is one head: no machine is full of it.
-        group = [row for row in rows if row.info["pass"] == pass_ and row.info["sweep"] != "memory"]
-        group = [row for row in group if row.info["ratio"]]
+        group = [row for row in in_means(rows) if row.info["pass"] == pass_]
         if group:
             worst = min(group, key=lambda row: row.info["ratio"])
             mean = geometric_mean([row.info["ratio"] for row in group])
@@ -194,8 +199,8 @@ def attention_table(rows: list[Row]) -> str:
         line += [number(info["peers"][name]) if name in info["peers"] else "-" for name in peers]
         spread = f"{info['ratio_p20']:.2f} to {info['ratio_p80']:.2f}" if info["ratio_p20"] else "-"
         of_sdpa = next(iter(ratios([row], (info["pass"],)).values()), None)
-        line += ["-" if value is None else f"{value:.2f}" for value in (info["ratio"],)] + [spread]
-        line += ["-" if of_sdpa is None else f"{of_sdpa:.2f}", number(info["tflops"]), number(info["percent_of_peak"])]
+        line += [ratio_text(info["ratio"]), spread, ratio_text(of_sdpa)]
+        line += [number(info["tflops"]), number(info["percent_of_peak"])]
         line += [number(percent_of_copy(row)), number(info["ms_p50"] / info["floor_ms"])]
         lines.append([*line, bytes_text(info["memory_bytes"])])
     return table(header, lines)
@@ -210,22 +215,6 @@ def memory_table(rows: list[Row]) -> str:
         for row in rows
     ]
     return table(["N", OURS, *peers], lines)
-
-
-def absent_lines(rows: list[Row]) -> list[str]:
-    """Which peers did not take part in what, and why."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        for name, reason in row.info["absent"].items():
-            found.setdefault((name, reason), []).append(row)
-    return [
-        f"- {name}, {'everywhere' if len(without) == len(rows) else _where(without)}: {reason}"
-        for (name, reason), without in sorted(found.items(), key=lambda item: item[0])
-    ]
-
-
-def _where(rows: list[Row]) -> str:
-    return f"{len(rows)} rows ({', '.join(dict.fromkeys(row.info['sweep'] for row in rows))})"
 
 
 READING = f"""\
@@ -248,7 +237,7 @@ def tables(results: Results) -> list[str]:
                 if sweep == "memory":
                     parts += [f"Memory, {found[0].info['memory_kind']}:", memory_table(found)]
     if absent := absent_lines(rows):
-        parts += ["#### Peers that did not take part", "\n".join(absent)]
+        parts += ["#### Peers of attention that did not take part", "\n".join(absent)]
     return parts
 
 
@@ -264,7 +253,7 @@ def summary(results: Results) -> list[str]:
         if rows := [row for sweep in SWEEPS for row in _sorted(results, sweep, pass_)]:
             lines = [
                 [row_name(row), number(row.info["ms_p50"]), row.info["best_peer"] or "-"]
-                + [f"{row.info['ratio']:.2f}" if row.info["ratio"] else "-", number(row.info["tflops"])]
+                + [ratio_text(row.info["ratio"]), number(row.info["tflops"])]
                 for row in rows
             ]
             shown = table(["problem", f"{OURS} ms", "best peer", "ratio", "TFLOP/s"], lines)

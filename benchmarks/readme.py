@@ -1,0 +1,91 @@
+"""README's performance section, made from the results and from nothing else: ``python -m benchmarks.readme``."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.environment import ROOT
+from benchmarks.layers import TORCHS
+from benchmarks.ledger import RESULTS, Run, kernels, ledger, runs
+from benchmarks.reporting.fits import geometric_mean
+from benchmarks.reporting.tables import table
+from benchmarks.rows import Results, Row
+from benchmarks.shapes import PASSES
+
+README = ROOT / "README.md"
+BEGIN = "<!-- performance: made by `python -m benchmarks.readme` from benchmarks/results/, not by hand -->"
+END = "<!-- performance: end -->"
+NOTHING = "**Not measured on a GPU yet.** No GPU figure stands here until one is measured: `make gpu` does."
+
+
+def section(results: Path = RESULTS) -> str:
+    """What stands between the marks."""
+    found = runs(results)
+    latest = {run.gpu: run for run in found if "benchmarks" in run.found}
+    parts = [part for run in latest.values() for part in _of_gpu(run)] or [NOTHING]
+    entries = ledger(results)
+    verified = sum(entry.verified is not None for entry in entries)
+    parts.append(
+        f"Of {len(entries)} kernels, {verified} are verified on a GPU as they stand today, "
+        f"{sum(entry.timed is not None for entry in entries)} timed (`python -m benchmarks.ledger`)."
+    )
+    return "\n\n".join(parts)
+
+
+def _of_gpu(run: Run) -> Iterator[str]:
+    results, machine = Results.load(run.path), run.machine
+    changed = sorted({file for file in kernels().values() if not run.has_todays(file)})
+    yield (
+        f"**{run.gpu}**, {run.date}, commit {str(machine.get('commit'))[:10]}, driver {machine.get('driver')}, torch "
+        f"{machine.get('torch')}, triton {machine.get('triton')}, cuDNN {machine.get('cudnn')}"
+        + (f"; since then {', '.join(changed)} changed" if changed else "")
+        + f" ([all rows]({run.path.relative_to(ROOT).as_posix() if run.path.is_relative_to(ROOT) else run.path.name}))."
+    )
+    if lines := [*_lines(results, "recurrence", TORCHS), *_lines(results, "attention", None)]:
+        header = ["what", "dtype", "pass", "against", "shapes", "geometric mean", "least", "most"]
+        yield "How many times as fast (above 1, seqcore is faster):"
+        yield table(header, lines)
+
+
+def _lines(results: Results, suite: str, peers: tuple[str, ...] | None) -> Iterator[list[str]]:
+    """A line for each operation, dtype and pass; against torch.nn, or against the best peer of all."""
+    rows = results.select(suite=suite)
+    groups = sorted({(row.op, row.info["dtype"], PASSES.index(row.info["pass"])) for row in rows})
+    for op, dtype, pass_index in groups:
+        pass_ = PASSES[pass_index]
+        group = [row for row in rows if (row.op, row.info["dtype"], row.info["pass"]) == (op, dtype, pass_)]
+        ratios = [ratio for row in group if (ratio := _ratio(row, peers)) is not None]
+        if ratios:
+            against = "torch.nn (cuDNN)" if peers else "the best peer"
+            spread = (f"{value:.2f}" for value in (geometric_mean(ratios), min(ratios), max(ratios)))
+            yield [op, dtype, pass_, against, f"{len(ratios)}", *spread]
+
+
+def _ratio(row: Row, peers: tuple[str, ...] | None) -> float | None:
+    if peers is None:
+        return row.info["ratio"]
+    times = [row.info["peers"][name] for name in peers if name in row.info["peers"]]
+    return times[0] / row.info["ms_p50"] if times else None
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """README before, between and after the marks."""
+    before, begin, rest = text.partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{README} lacks the marks {BEGIN!r} and {END!r}; put them where the figures belong")
+    return before, inside, after
+
+
+def is_current(readme: Path = README, results: Path = RESULTS) -> bool:
+    return _split(readme.read_text())[1].strip() == section(results)
+
+
+def write(readme: Path = README, results: Path = RESULTS) -> None:
+    before, _, after = _split(readme.read_text())
+    readme.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    write()
+    sys.exit(0)

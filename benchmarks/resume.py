@@ -1,0 +1,51 @@
+"""A pytest plugin by which a run goes on where another stopped, whatever stopped it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from seqcore.journal import Journal
+
+# How torch begins to say that the GPU answers this process no more; whatever comes after would fail of it too.
+BROKEN = "CUDA error"
+
+
+class Resume:
+    """What the journal says is finished is not run again; what was begun there and never finished comes last.
+
+    Args:
+        journal: read at the beginning, written as each item ends: {"outcome", "reason"} and what ``more`` tells.
+        finished: whether such an entry means that the item need not run again.
+        more: further entries of an item that passed.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        finished: Callable[[dict], bool] = lambda entry: entry["outcome"] != "failed",
+        more: Callable[[pytest.Item], dict[str, Any]] = lambda item: {},
+    ):
+        self.journal, self.finished, self.more = journal, finished, more
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        done = {name for name, entry in self.journal.done.items() if self.finished(entry)}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        last = self.journal.suspects | self.journal.done.keys()
+        items[:] = sorted((item for item in items if item.nodeid not in done), key=lambda item: item.nodeid in last)
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self.journal.begin(item.nodeid)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo):
+        report = yield
+        if report.when == "call" or report.outcome != "passed":
+            # A skip's reason is the last of (file, line, reason); a failure's is what was raised.
+            reason = "" if report.passed else report.longrepr[-1] if report.skipped else str(call.excinfo.value)
+            entry = {"outcome": report.outcome, "reason": reason.removeprefix("Skipped: ")}
+            self.journal.add(item.nodeid, entry | (self.more(item) if report.passed else {}))
+            if report.failed and BROKEN in reason:
+                item.session.shouldstop = "the GPU answers this process no more"
+        return report

@@ -1,0 +1,1 @@
+"""A campaign's stages: what each runs, and the programs that only a stage runs."""

@@ -1,0 +1,224 @@
+"""The campaign: its bookkeeping, what it does with stages that fail, hang or are cut short, and all of it, tiny."""
+
+import html.parser
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqcore.journal import Journal
+
+from .benchmark_modules import ROOT, load
+
+pytest.importorskip("pytest_benchmark")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("no kernel is run here: an interpreted process has nothing to add", allow_module_level=True)
+
+campaign, importable, stages = load("campaign"), load("stages.importable"), load("stages.definitions")
+
+
+def fake_stage(folder: Path, code: str, limit_s: float = 60.0, left: bool = False):
+    """A stage that runs ``code`` and notes each run as something finished, and how often it ran."""
+    journal = folder / "journal.jsonl"
+    # By hand: importing seqcore, and torch with it, takes seconds.
+    note = f"import json; f = open({str(journal)!r}, 'a+'); f.seek(0); runs = f.read().count('fake')\n"
+    note += "f.write(json.dumps({'key': 'key', 'kind': 'fake', 'name': str(runs), 'value': 1}) + chr(10)); f.close()"
+    command = [sys.executable, "-c", f"{note}\n{code}"]
+    stage = stages.Stage("fake", command, limit_s, lambda: ("words", left), lambda kind, name: kind == "fake", journal)
+    return stage, lambda: len(Journal(journal, "key", "fake").done)
+
+
+def new_campaign(folder: Path, key: str = "key"):
+    return campaign.Campaign(folder, key, dict(os.environ))
+
+
+def test_a_stage_that_passed_is_not_run_again(tmp_path):
+    stage, runs = fake_stage(tmp_path, "print('done')")
+    assert new_campaign(tmp_path).run(stage).status == "passed"
+    assert new_campaign(tmp_path).run(stage).last_lines == ["done"]
+    assert runs() == 1
+    new_campaign(tmp_path, key="other sources").run(stage)
+    assert runs() == 2
+
+
+def test_what_is_forgotten_is_run_again(tmp_path):
+    stage, runs = fake_stage(tmp_path, "")
+    new_campaign(tmp_path).run(stage)
+    stage.forget()
+    assert runs() == 0
+    assert new_campaign(tmp_path).run(stage).status == "passed"
+    assert runs() == 1
+
+
+@pytest.mark.parametrize("code, status, left", [("raise SystemExit(1)", "failed", False), ("", "partly", True)])
+def test_a_stage_that_is_not_done_is_run_again(tmp_path, code, status, left):
+    stage, runs = fake_stage(tmp_path, code, left=left)
+    assert new_campaign(tmp_path).run(stage).status == status
+    assert new_campaign(tmp_path).run(stage).status == status
+    assert runs() == 2
+
+
+def test_a_crash_is_begun_again_as_long_as_it_gets_further(tmp_path, capsys):
+    stage, runs = fake_stage(tmp_path, "import os; os.abort() if runs < 2 else None")
+    outcome = new_campaign(tmp_path).run(stage)
+    assert (outcome.status, runs()) == ("passed", 3)
+    assert "stopped with status -6, 1 finished; going on" in capsys.readouterr().out
+
+
+def test_a_crash_that_gets_no_further_is_the_end(tmp_path):
+    stage, _ = fake_stage(tmp_path, "")
+    outcome = new_campaign(tmp_path).run(replace(stage, command=[sys.executable, "-c", "import os; os.abort()"]))
+    assert (outcome.status, outcome.exit_status) == ("failed", -signal.SIGABRT)
+
+
+def test_a_stage_past_its_limit_is_stopped_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, "GRACE_SECONDS", 0.5)
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    code = f"import subprocess, sys\np = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+    code += f"open({str(tmp_path / 'child')!r}, 'w').write(str(p.pid))\np.wait()"
+    stage, _ = fake_stage(tmp_path, code, limit_s=2.0)
+    begin = time.monotonic()
+    assert new_campaign(tmp_path).run(stage).status == "overran"
+    assert time.monotonic() - begin < 20
+    deadline = time.monotonic() + 10
+    while alive(int((tmp_path / "child").read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_stage_past_its_limit_may_write_what_it_has(tmp_path):
+    result = tmp_path / "partial"
+    code = f"import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  open({str(result)!r}, 'w').write('half')"
+    stage, _ = fake_stage(tmp_path, code, limit_s=1.0)
+    assert new_campaign(tmp_path).run(stage).status == "overran"
+    assert result.read_text() == "half"
+
+
+def test_an_older_result_is_not_taken_for_a_new_one(tmp_path):
+    stage, _ = fake_stage(tmp_path, "")
+    old = tmp_path / "verify.json"
+    old.write_text("{}")
+    new_campaign(tmp_path).run(replace(stage, written=old))
+    assert not old.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_campaign_stops(tmp_path, capsys):
+    assert campaign.main(["--out", str(tmp_path)]) == 2
+    assert "--tiny" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_suite_has_a_stage_and_every_stage_ends_within_nine_minutes(tmp_path):
+    found = stages.stages(tmp_path, "key", tiny=False)
+    commands = [" ".join(stage.command) for stage in found]
+    for suite in load("__main__").SUITES:
+        assert sum(f" {suite} " in f"{command} " and "benchmarks --suite" in command for command in commands) == 1
+        assert any(stage.owns("benchmark", f"benchmarks/test_{suite}.py::test[case]") for stage in found)
+    assert all(stage.limit_s + campaign.GRACE_SECONDS < 560 for stage in found)
+
+
+def test_linked_package_has_its_kernels(tmp_path, monkeypatch):
+    monkeypatch.setattr(importable.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = importable.linked_package()
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    code = "import seqcore, seqcore.kernels; print(seqcore.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith(str(folder))
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    # One thread: beside other tests, threads that wait for each other take a hundred times as long.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(*arguments: str) -> str:
+    process = start(*arguments)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    return printed
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would fetch, and how many pictures it would draw."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.fetched, self.pictures = [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        found = dict(attributes)
+        self.fetched += [found["src"]] if "src" in found else [found["href"]] if tag == "link" else []
+        self.pictures += tag == "figure"
+
+
+def test_the_whole_campaign_tiny(tmp_path):
+    out = tmp_path / "campaign"
+    printed = run("benchmarks.campaign", "--tiny", "--out", str(out))
+    table = printed.rpartition("result\n")[2]
+    assert [line.split()[:2] for line in table.splitlines()] == [
+        [name, "passed"] for name in ("tests", "verify", "floors", "bench", "tune", "profile", "models")
+    ]
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "journal.jsonl", "campaign.log", "verify.json", "bench.json", "tuned.json", "profile.json", "report.md",
+        "report.html",
+    }  # fmt: skip
+    measured = json.loads((out / "bench.json").read_text())
+    suites = {entry["extra_info"]["suite"] for entry in measured["benchmarks"]}
+    assert suites == {"recurrence", "attention", "bottleneck", "models"}
+    page = Page((out / "report.html").read_text())
+    assert page.pictures >= 6 and not page.fetched
+    again = run("benchmarks.campaign", "--tiny", "--out", str(out))
+    assert again.count("passed before") == 7
+
+
+def test_a_killed_stage_loses_nothing_finished(tmp_path):
+    command = ("benchmarks.campaign", "--tiny", "--stage", "bench", "--out", str(tmp_path))
+    first = start(*command)
+    journal = tmp_path / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_text().count('"row"') < 3:
+        assert first.poll() is None and time.monotonic() < deadline, first.stdout.read()
+        time.sleep(0.05)
+    stage_process = subprocess.run(
+        ["pgrep", "-P", str(first.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    first.kill()
+    for pid in stage_process:
+        os.kill(int(pid), signal.SIGKILL)
+    first.communicate()
+    before = rows(journal)
+    assert before and not (tmp_path / "bench.json").exists()
+    run(*command)
+    after = {entry["fullname"]: entry for entry in json.loads((tmp_path / "bench.json").read_text())["benchmarks"]}
+    assert len(after) > len(before)
+    assert all(after[name]["stats"] == row["stats"] for name, row in before.items()), "what was timed is timed again"
+
+
+def rows(journal: Path) -> dict[str, dict]:
+    found = (json.loads(line) for line in journal.read_text().splitlines())
+    measured = (entry["value"] for entry in found if entry["kind"] == "benchmark" and "value" in entry)
+    return {entry["row"]["fullname"]: entry["row"] for entry in measured if "row" in entry}
