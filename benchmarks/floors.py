@@ -14,7 +14,8 @@ A step of one layer, split over the GPU as its plan says, cannot take less than
 
 The sequence takes T steps forward and as many backward, and several layers, or a batch that needs several launches,
 that many times more. All other products run over all steps at once: their operations at the matrix rate or, if that
-is longer, the layer's bytes at the copy bandwidth. The floor of the layer is the sum.
+is longer, the layer's bytes at the copy bandwidth. The kernels that must follow each other each take a launch. The
+floor of the layer is the sum.
 """
 
 import functools
@@ -143,7 +144,7 @@ def weights_us(plan, shape, meter: FloorMeter) -> float:
 
 def layer_floor(info: dict, roofs: Roofs) -> dict[str, float]:
     """Milliseconds of each part of the floor of a row with ``step_floors``; they add up to the floor."""
-    parts = {"exchange": 0.0, "weights": 0.0, "products": 0.0}
+    parts = {"exchange": 0.0, "weights": 0.0, "products": 0.0, "launches": info["launches"] * roofs.launch_us / 1e3}
     beside = info["flops"]
     for steps in info["step_floors"]:
         products_us = steps["flops"] / roofs.tflops / 1e6

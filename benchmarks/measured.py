@@ -38,6 +38,7 @@ def best(all_roofs: list[Roofs]) -> Roofs:
         max(roofs.tflops for roofs in all_roofs),
         max(roofs.gigabytes_per_s for roofs in all_roofs),
         all_roofs[0].dtype,
+        min(roofs.launch_us for roofs in all_roofs),
     )
 
 

@@ -85,6 +85,8 @@ def machine_lines(results: Results) -> list[str]:
     if limits:
         lines.append(f"- measured limits: {number(limits['peak_tflops'])} TFLOP/s ({limits['peak_dtype']} product), ")
         lines[-1] += f"{number(limits['copy_gb_per_s'])} GB/s (copy, reading and writing both counted)"
+        if limits.get("launch_us"):
+            lines[-1] += f", {number(limits['launch_us'])} µs a launch in a CUDA graph"
     if machine.get("peers"):
         lines.append(f"- peers: {'; '.join(f'{name} {version}' for name, version in machine['peers'].items())}")
     return [*lines, f"- date: {results.date}"]

@@ -49,6 +49,7 @@ def extra_info(
         "bytes": work.bytes,
         "tflops": work.flops / seconds / 1e12,
         "dependent_steps": work.dependent_steps,
+        "launches": work.launches,
         **more,
         **environment,
     }
@@ -56,13 +57,13 @@ def extra_info(
 
 def add_roofs(info: dict, roofs: Roofs) -> None:
     """Complete a row, once all is measured, by how near it came to the machine's limits."""
-    info["floor_ms"], info["floor_kind"] = roofs.floor(info["flops"], info["bytes"])
+    info["floor_ms"], info["floor_kind"] = roofs.floor(info["flops"], info["bytes"], info["launches"])
     if info.get("step_floors"):
         parts = info["floor_parts"] = layer_floor(info, roofs)
         info["floor_ms"], info["floor_kind"] = sum(parts.values()), max(parts, key=parts.__getitem__)
     info["percent_of_peak"] = 100 * info["tflops"] / roofs.tflops
     info["peak_tflops"], info["copy_gb_per_s"] = roofs.tflops, roofs.gigabytes_per_s
-    info["peak_dtype"] = roofs.dtype
+    info["peak_dtype"], info["launch_us"] = roofs.dtype, roofs.launch_us
 
 
 def floor_info(op: str, shape: dict[str, int], value: float, unit: str, timing: Timing, environment: dict) -> dict:

@@ -48,7 +48,7 @@ def test_character_model(benchmark, op: str, corpus: Corpus, sizes: Sizes, descr
     parameters = count_parameters(ours.model)
     # Every weight is read and its gradient written; both moments of Adam are read and written.
     traffic = parameters * 4 * 7
-    steps = Work(training_flops(op, ours.model, width, shape), traffic, 0)
+    steps = Work(training_flops(op, ours.model, width, shape), traffic, 0, 0)
     benchmark.group = "models"
     benchmark.extra_info |= extra_info(
         "models",

@@ -126,18 +126,24 @@ def _warm(stopwatch: Stopwatch, call: Call) -> float:
 
 @dataclass(frozen=True)
 class Roofs:
-    """The two limits of a machine, as measured here: nothing does more."""
+    """The limits of a machine, as measured here: nothing does more."""
 
     tflops: float
     gigabytes_per_s: float
     # Of the matrices in the product.
     dtype: str = ""
+    # Of an empty kernel among many in a CUDA graph; 0 on a CPU, where nothing is launched.
+    launch_us: float = 0.0
 
-    def floor(self, flops: float, traffic: float) -> tuple[float, str]:
+    def floor(self, flops: float, traffic: float, launches: int = 0) -> tuple[float, str]:
         """The least milliseconds this work can take, and which limit says so."""
-        matrix = flops / (self.tflops * 1e9)
-        copy = traffic / (self.gigabytes_per_s * 1e6)
-        return (matrix, "matrix") if matrix >= copy else (copy, "copy")
+        limits = {
+            "matrix": flops / (self.tflops * 1e9),
+            "copy": traffic / (self.gigabytes_per_s * 1e6),
+            "launch": launches * self.launch_us / 1e3,
+        }
+        kind = max(limits, key=limits.__getitem__)
+        return limits[kind], kind
 
 
 class RoofMeter:
@@ -155,6 +161,7 @@ class RoofMeter:
         self.product, self.copy = lambda: a @ b, lambda: target.copy_(source)
         self.flops, self.bytes, self.dtype = 2 * side**3, 2 * copy_bytes, dtype
         self.product_ms = self.copy_ms = float("inf")
+        self.launch_us = 0.0
 
     def sample(self, times: int) -> None:
         for _ in range(times):
@@ -163,4 +170,5 @@ class RoofMeter:
 
     @property
     def roofs(self) -> Roofs:
-        return Roofs(self.flops / (self.product_ms * 1e9), self.bytes / (self.copy_ms * 1e6), self.dtype)
+        rates = self.flops / (self.product_ms * 1e9), self.bytes / (self.copy_ms * 1e6)
+        return Roofs(*rates, self.dtype, self.launch_us)

@@ -1,4 +1,4 @@
-"""How much work a layer is: floating-point operations, bytes, and steps that must wait for each other.
+"""How much work a layer is: floating-point operations, bytes, steps that must wait for each other, and launches.
 
 A multiplication with its addition counts two. Pointwise mathematics (gates, softmax, biases) is left out, as is
 usual: it is a few operations for each element, where the products do thousands. All counts are those of the
@@ -19,6 +19,8 @@ class Work:
     flops: float
     bytes: float
     dependent_steps: int
+    # The same chain with all steps of a recurrence in one: no fewer kernels must follow each other on a GPU.
+    launches: int
 
 
 def work(op: str, pass_: str, shape: dict[str, int], element_size: int) -> Work:
@@ -40,7 +42,8 @@ def work(op: str, pass_: str, shape: dict[str, int], element_size: int) -> Work:
     # gradients of the weights: each tensor a second time.
     tensors = tokens * (I + directions * H) + weights
     traffic = tensors * element_size * (2 if pass_ == "training" else 1)
-    return Work(flops, traffic, shape.get("layers", 1) * dependent_steps(op, T, pass_))
+    steps, launches = (shape.get("layers", 1) * dependent_steps(op, count, pass_) for count in (T, 1))
+    return Work(flops, traffic, steps, launches)
 
 
 def recurrence_flops(gates: int, shape: dict[str, int], pass_: str) -> float:
@@ -138,7 +141,7 @@ def attention_work(
     queries, keys = (sum(counts) for counts in zip(*sequences, strict=True))
     elements = 2 * D * (queries * heads[0] + keys * heads[1]) + bias_elements
     passes = 2 if pass_ == "training" else 1
-    return Work(heads[0] * score_flops(pairs, D, D, pass_), passes * elements * element_size, passes)
+    return Work(heads[0] * score_flops(pairs, D, D, pass_), passes * elements * element_size, passes, passes)
 
 
 def dependent_steps(op: str, T: int, pass_: str) -> int:

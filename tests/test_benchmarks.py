@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,10 +35,12 @@ def test_percentiles(samples):
         assert timing.percentile(samples, 80) == pytest.approx(expected[3])
 
 
-def test_floor_is_the_larger_of_both_roofs():
+def test_floor_is_the_largest_of_the_limits():
     roofs = timing.Roofs(tflops=2.0, gigabytes_per_s=100.0)
     assert roofs.floor(flops=2e12, traffic=1e9) == (pytest.approx(1000.0), "matrix")
     assert roofs.floor(flops=2e9, traffic=1e9) == (pytest.approx(10.0), "copy")
+    assert roofs.floor(flops=2e9, traffic=1e9, launches=100)[1] == "copy", "a CPU launches nothing"
+    assert replace(roofs, launch_us=2.0).floor(2e6, 1e3, launches=4) == (pytest.approx(8e-3), "launch")
 
 
 @pytest.mark.parametrize("op", shapes.RECURRENCES)
@@ -78,6 +81,14 @@ def test_steps_that_wait_for_each_other():
     assert speed_of_light.dependent_steps("lstm", 100, "forward") == 101
     short, long = (speed_of_light.dependent_steps("attention", T, "forward") for T in (9, 100))
     assert short == long
+
+
+def test_launches_do_not_grow_with_length():
+    shape = {"T": 9, "B": 2, "I": 4, "H": 4}
+    for pass_, launches in (("forward", 2), ("training", 4)):
+        for T in (9, 100):
+            assert speed_of_light.work("lstm", pass_, shape | {"T": T}, 4).launches == launches
+        assert speed_of_light.work("lstm", pass_, shape | {"layers": 3}, 4).launches == 3 * launches
 
 
 @pytest.mark.parametrize("pass_", shapes.PASSES)

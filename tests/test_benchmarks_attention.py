@@ -290,7 +290,7 @@ def test_report_of_the_attention_suite():
 
 
 def test_without_peers_there_is_no_ratio():
-    work, alone = speed_of_light.Work(1.0, 1.0, 1), timing.Timing.of([1.0])
+    work, alone = speed_of_light.Work(1.0, 1.0, 1, 1), timing.Timing.of([1.0])
     info = rows.extra_info("attention", "attention", "forward", "float32", TINY[0].shape, alone, {}, work, {})
     assert (info["best_peer"], info["ratio"], info["ratio_p20"]) == (None, None, None)
 

@@ -109,7 +109,7 @@ def test_floor_of_a_layer_is_the_sum_of_its_parts(monkeypatch, pass_):
     T, B, H = 512, 16, 768
     case = shapes.Case("lstm", pass_, "grid", T=T, B=B, H=H, heads=0, dtype="bfloat16")
     work = speed_of_light.work("lstm", pass_, case.shape, 2)
-    info = {"flops": work.flops, "bytes": work.bytes, "tflops": 1.0}
+    info = {"flops": work.flops, "bytes": work.bytes, "launches": work.launches, "tflops": 1.0}
     info["step_floors"] = floors.step_floors(case, Meter())
     json.dumps(info)
     slow, quick = timing.Roofs(1e-3, 1e6), timing.Roofs(1e6, 1e6)
@@ -119,7 +119,9 @@ def test_floor_of_a_layer_is_the_sum_of_its_parts(monkeypatch, pass_):
     parts = info["floor_parts"]
     assert info["floor_ms"] == pytest.approx(sum(parts.values()))
     assert parts["exchange"] == pytest.approx(passes * T * 1e-3)
-    assert parts["products"] == 0
+    assert parts["products"] == parts["launches"] == 0
+    rows.add_roofs(info, replace(quick, launch_us=3.0))
+    assert info["floor_ms"] - sum(parts.values()) == pytest.approx(2 * passes * 3e-3)
     # So slow a machine only multiplies: all products count, each once.
     rows.add_roofs(info, slow)
     assert info["floor_parts"]["weights"] == 0

@@ -16,9 +16,11 @@ PART_COLORS = {
     "exchange": "#E69F00",
     "weights": "#0072B2",
     "products": "#009E73",
+    "launches": "#999933",
     "beside the steps": "#CC79A7",
     "copy": "#56B4E9",
     "matrix": "#009E73",
+    "launch": "#999933",
     "barrier": "#D55E00",
     "product": "#009E73",
     "pointwise": "#56B4E9",
@@ -82,7 +84,7 @@ def _bars(ax: Axes, stacks: list[Stack]) -> None:
         if measured is not None:
             ax.plot(measured, y, "D", color=INK, markersize=4.5)
         whole = sum(parts.values())
-        label = f"{number(whole)} µs" if measured is None else f"{measured / whole:,.1f}\N{MULTIPLICATION SIGN}"
+        label = f"{number(whole)} µs" if measured is None else f"{number(measured / whole)}\N{MULTIPLICATION SIGN}"
         begins.append(1.05 * reached[True])
         ends.append(max(reached[False], measured or 0))
         ax.annotate(label, (ends[-1], y), (6, 0), textcoords="offset points", va="center", fontsize=8)
