@@ -5,11 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from seqcore import cells as cells_of_seqcore
 from seqcore.backends import INTERPRETED
 from seqcore.kernels import work as speed_of_light
+from seqcore.kernels.recurrence.cells import lstm_step
 from seqcore.kernels.tuning import Device
 from seqcore.profiling.exchange import run_barrier
 
@@ -61,6 +65,45 @@ def test_barrier_counts_every_program(device):
     slices, teams, steps = (1 if INTERPRETED else 8), 3, 4
     counters = run_barrier(slices, teams, steps, str(device))
     assert counters.view(teams, -1)[:, 0].tolist() == [slices * steps] * teams
+
+
+@triton.jit
+def a_little_wrong(x_gates, h_gates, state):
+    new, saved = lstm_step(x_gates, h_gates, state)
+    return (1.01 * new[0].to(tl.float32), new[1]), saved
+
+
+class Timed:
+    """Stands in for pytest-benchmark's fixture, and tells whether anything was timed."""
+
+    def __init__(self):
+        self.extra_info, self.rounds = {}, 0
+
+    def pedantic(self, target, setup, rounds, iterations):
+        for _ in range(rounds):
+            setup(), target()
+        self.rounds += rounds
+
+
+@pytest.mark.kernels
+def test_a_wrong_kernel_is_refused_a_time(device, monkeypatch):
+    case = shapes.Case("lstm", "forward", "grid", T=4, B=3, H=31, heads=0, dtype="float32")
+    sizes = replace(shapes.TINY, device=str(device), ours="triton", peers=("torch.nn",))
+
+    def contest() -> Timed:
+        timed = Timed()
+        load("contest").contest(timed, "recurrence", case, sizes, timing.Stopwatch(sizes.device), dict)
+        return timed
+
+    right = contest()
+    assert right.rounds and right.extra_info["ms_p50"] > 0
+    raced = []
+    monkeypatch.setattr(load("contest"), "race", lambda *_: raced.append(1))
+    backward = cells_of_seqcore.LSTM.device_functions()[1]
+    monkeypatch.setattr(cells_of_seqcore.Cell, "device_functions", lambda cell: (a_little_wrong, backward))
+    with pytest.raises(AssertionError, match="error budget"):
+        contest()
+    assert not raced
 
 
 def test_exchange_follows_the_plan(monkeypatch):
