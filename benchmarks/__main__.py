@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"--time-share={sizes.share_of(options.seconds, options.suite)}",
             "-Wdefault",
             "--benchmark-quiet",
+            # Otherwise it does nothing beside the plugin that runs tests in several processes.
+            "--benchmark-enable",
             f"--benchmark-json={data}",
             *([f"--text={options.text}"] if options.text else []),
             *(str(ROOT / "benchmarks" / f"test_{suite}.py") for suite in SUITES if suite in options.suite),

@@ -11,6 +11,7 @@ from benchmarks.environment import BUSY_CORES, busy_cores, environment
 from benchmarks.floors import FloorMeter
 from benchmarks.measured import METER, OUT_OF_TIME
 from benchmarks.peers import versions
+from benchmarks.resume import why
 from benchmarks.rows import add_roofs
 from benchmarks.shapes import SIZES, Case, Sizes, choose_sizes
 from benchmarks.timing import RoofMeter, Stopwatch
@@ -53,9 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
     if report.outcome != "passed":
-        # A skip's reason is the last of (file, line, reason); a failure's is what was raised.
-        reason = report.longrepr[-1] if report.skipped else str(call.excinfo.value)
-        found = {"name": item.name, "outcome": report.outcome, "reason": reason.removeprefix("Skipped: ")}
+        found = {"name": item.name, "outcome": report.outcome, "reason": why(report, call)}
         item.config.stash[NOT_MEASURED].append(found)
     return report
 

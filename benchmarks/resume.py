@@ -42,10 +42,18 @@ class Resume:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo):
         report = yield
         if report.when == "call" or report.outcome != "passed":
-            # A skip's reason is the last of (file, line, reason); a failure's is what was raised.
-            reason = "" if report.passed else report.longrepr[-1] if report.skipped else str(call.excinfo.value)
-            entry = {"outcome": report.outcome, "reason": reason.removeprefix("Skipped: ")}
+            entry = {"outcome": report.outcome, "reason": why(report, call)}
             self.journal.add(item.nodeid, entry | (self.more(item) if report.passed else {}))
-            if report.failed and BROKEN in reason:
+            if report.failed and BROKEN in entry["reason"]:
                 item.session.shouldstop = "the GPU answers this process no more"
         return report
+
+
+def why(report: pytest.TestReport, call: pytest.CallInfo) -> str:
+    """Why an item did not pass: what a skip says, what was expected to fail, or what was raised."""
+    if report.passed:
+        return ""
+    if hasattr(report, "wasxfail"):
+        return f"expected to fail: {report.wasxfail}"
+    # A skip tells file, line and reason.
+    return report.longrepr[-1].removeprefix("Skipped: ") if report.skipped else str(call.excinfo.value)
