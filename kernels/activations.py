@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .settled import settle
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -29,3 +31,6 @@ def tanh(x):
     magnitude = tl.abs(x)
     saturating = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
     return tl.where(magnitude < 0.625, near_zero, tl.where(x < 0, -saturating, saturating))
+
+
+settle(globals())

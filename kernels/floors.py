@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .grid import COUNTER_STRIDE, signal, wait
+from .settled import settle
 
 
 @triton.jit
@@ -65,3 +66,6 @@ def exchange_kernel(
             tl.store(ptrs + first_column + i * BLOCK_K, total, mask=mask_own[None, :])
         signal(counter_ptr)
         wait(counter_ptr, (step + 1) * SLICES)
+
+
+settle(globals())

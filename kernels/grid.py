@@ -13,6 +13,8 @@ which fails instead of hanging.
 import triton
 import triton.language as tl
 
+from .settled import settle
+
 # int32 counters stand a cache line apart, so that sets of programs do not slow each other's polling down.
 COUNTER_STRIDE = tl.constexpr(32)
 
@@ -34,3 +36,6 @@ def wait(counter_ptr, target):
     while tl.atomic_add(counter_ptr, 0, sem="acquire") - target < 0:
         pass
     tl.debug_barrier()
+
+
+settle(globals())

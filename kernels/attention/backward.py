@@ -9,6 +9,7 @@ Source: Dao, FlashAttention-2 (2023), section 3.1.2, with the log-sum-exp's own 
 import triton
 import triton.language as tl
 
+from ..settled import settle
 from .layout import head_ptr, load_rows, locate, row_offsets, row_stride, store_rows
 from .scores import dropout_keeps, probabilities, queries_of, scores, seeing_queries, visible_keys
 
@@ -253,3 +254,6 @@ def attention_backward_dq_kernel(
     rows = place.rows if sequences.packed is not None else M
     dq_ptr = head_ptr(dq, place.batch, place.head, place.first_row)
     store_rows(dq_ptr, row_stride(dq), dq_tile * features.scale, offs_m, rows, D, BLOCK_D)
+
+
+settle(globals())

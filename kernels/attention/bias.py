@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..settled import settle
 from .backward import gradients, load_statistics
 from .layout import head_ptr, load_rows, locate, place_at, row_stride
 from .scores import queries_of, scores, seeing_queries, visible_keys
@@ -117,3 +118,6 @@ def attention_backward_bias_kernel(
         ptrs = dbias_ptr + rows_of[:, None] + (place.first_column + offs_n)[None, :]
         inside = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
         tl.store(ptrs, total.to(dbias_ptr.dtype.element_ty), mask=inside)
+
+
+settle(globals())

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..activations import LOG2_E
+from ..settled import settle
 from .forward import finish, fold
 from .layout import head_ptr, load_rows, place_at, row_stride, store_rows
 from .scores import queries_of, scores, visible_keys
@@ -128,3 +129,6 @@ def attention_combine_kernel(
     tl.store(lse_ptr + offs_row, lse, mask=there)
     tl.store(row_max_ptr + offs_row, row_max, mask=there)
     tl.store(row_scale_ptr + offs_row, row_scale, mask=there)
+
+
+settle(globals())

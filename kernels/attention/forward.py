@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..activations import LN_2, LOG2_E
+from ..settled import settle
 from .layout import head_ptr, load_rows, locate, row_offsets, row_stride, store_rows
 from .scores import dropout_keeps, queries_of, scores, visible_keys
 
@@ -182,3 +183,6 @@ def attention_forward_kernel(
             tl.program_id(0), q, k, v, out, lse_ptr, row_max_ptr, row_scale_ptr, k_descriptor, v_descriptor, features,
             sequences, B, H, M, N, section, GROUP, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SPECIALIZE, PRECISION,
         )  # fmt: skip
+
+
+settle(globals())

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..settled import settle
+
 # How many ends of packed sequences a program reads at a time, in search of its own.
 SEARCH: tl.constexpr = tl.constexpr(128)
 
@@ -53,6 +55,51 @@ class Place(NamedTuple):
 
 
 @triton.jit
+def _within(length, most):
+    """A length read from memory, where nobody could check it, so that it leads to no address outside a tensor."""
+    return tl.minimum(tl.maximum(length, 0), most).to(tl.int32)
+
+
+@triton.jit
+def _search(ends_ptr, tile, S, BLOCK: tl.constexpr):
+    """Which of S packed sequences the tile belongs to, S if to none, and which of its tiles it is."""
+    sequence = tl.full([], 0, tl.int32)
+    before = tl.full([], 0, tl.int32)
+    counted = tl.full([], 0, tl.int32)
+    for first in range(0, S, SEARCH):
+        offs = first + tl.arange(0, SEARCH)
+        begins = tl.load(ends_ptr + offs, mask=offs < S, other=0)
+        ends = tl.load(ends_ptr + offs + 1, mask=offs < S, other=0)
+        tiles = ((ends - begins + BLOCK - 1) // BLOCK).to(tl.int32)
+        last = counted + tl.cumsum(tiles, 0)
+        passed = (last <= tile) & (offs < S)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(passed, last, 0), 0))
+        counted += tl.sum(tiles, 0)
+    return sequence, tile - before
+
+
+@triton.jit
+def place_at(sequence, head, start, sequences, M, N):
+    """The ``Place`` of a tile that begins ``start`` rows into a sequence."""
+    first_row = tl.full([], 0, tl.int32)
+    first_column, batch = first_row, sequence
+    rows, columns = first_row + M, first_row + N
+    if sequences.packed is not None:
+        batch = first_row
+        first_row = _within(tl.load(sequences.q_ptr + sequence), M)
+        first_column = _within(tl.load(sequences.k_ptr + sequence), N)
+        rows = _within(tl.load(sequences.q_ptr + sequence + 1) - first_row, M - first_row)
+        columns = _within(tl.load(sequences.k_ptr + sequence + 1) - first_column, N - first_column)
+    else:
+        if sequences.q_ptr is not None:
+            rows = _within(tl.load(sequences.q_ptr + sequence), M)
+        if sequences.k_ptr is not None:
+            columns = _within(tl.load(sequences.k_ptr + sequence), N)
+    return Place(batch, sequence, head, start, rows, columns, first_row, first_column)
+
+
+@triton.jit
 def locate(
     tile, sequences, B, H, M, N, section, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr, LAST_FIRST: tl.constexpr
 ):
@@ -80,51 +127,6 @@ def locate(
             sequence -= 1
             block = blocks
     return place_at(sequence, head, block * BLOCK, sequences, M, N)
-
-
-@triton.jit
-def place_at(sequence, head, start, sequences, M, N):
-    """The ``Place`` of a tile that begins ``start`` rows into a sequence."""
-    first_row = tl.full([], 0, tl.int32)
-    first_column, batch = first_row, sequence
-    rows, columns = first_row + M, first_row + N
-    if sequences.packed is not None:
-        batch = first_row
-        first_row = _within(tl.load(sequences.q_ptr + sequence), M)
-        first_column = _within(tl.load(sequences.k_ptr + sequence), N)
-        rows = _within(tl.load(sequences.q_ptr + sequence + 1) - first_row, M - first_row)
-        columns = _within(tl.load(sequences.k_ptr + sequence + 1) - first_column, N - first_column)
-    else:
-        if sequences.q_ptr is not None:
-            rows = _within(tl.load(sequences.q_ptr + sequence), M)
-        if sequences.k_ptr is not None:
-            columns = _within(tl.load(sequences.k_ptr + sequence), N)
-    return Place(batch, sequence, head, start, rows, columns, first_row, first_column)
-
-
-@triton.jit
-def _within(length, most):
-    """A length read from memory, where nobody could check it, so that it leads to no address outside a tensor."""
-    return tl.minimum(tl.maximum(length, 0), most).to(tl.int32)
-
-
-@triton.jit
-def _search(ends_ptr, tile, S, BLOCK: tl.constexpr):
-    """Which of S packed sequences the tile belongs to, S if to none, and which of its tiles it is."""
-    sequence = tl.full([], 0, tl.int32)
-    before = tl.full([], 0, tl.int32)
-    counted = tl.full([], 0, tl.int32)
-    for first in range(0, S, SEARCH):
-        offs = first + tl.arange(0, SEARCH)
-        begins = tl.load(ends_ptr + offs, mask=offs < S, other=0)
-        ends = tl.load(ends_ptr + offs + 1, mask=offs < S, other=0)
-        tiles = ((ends - begins + BLOCK - 1) // BLOCK).to(tl.int32)
-        last = counted + tl.cumsum(tiles, 0)
-        passed = (last <= tile) & (offs < S)
-        sequence += tl.sum(passed.to(tl.int32), 0)
-        before = tl.maximum(before, tl.max(tl.where(passed, last, 0), 0))
-        counted += tl.sum(tiles, 0)
-    return sequence, tile - before
 
 
 @triton.jit
@@ -166,3 +168,6 @@ def store_rows(ptr, stride_row, tile, offs_row, rows, COLUMNS: tl.constexpr, BLO
     if COLUMNS != BLOCK_COLUMNS:
         mask = mask & (offs_column < COLUMNS)[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+settle(globals())

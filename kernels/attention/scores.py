@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..activations import LOG2_E, tanh
+from ..settled import settle
 
 # An additive mask of finfo.min must stay finite in base 2, as it does in base e: the lowest float32 over log2(e).
 LOWEST: tl.constexpr = tl.constexpr(-2.358e38)
@@ -204,3 +205,6 @@ def seeing_queries(place, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     if features.left is not None:
         whole = end
     return begin, tl.minimum(whole, end), end
+
+
+settle(globals())

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..settled import settle
 from .layout import head_ptr, load_rows, locate, row_offsets, row_stride
 from .scores import dropout_keeps, probabilities, queries_of, scores
 
@@ -56,3 +57,6 @@ def attention_weights_kernel(
     ptrs = weights_ptr + (place.batch.to(tl.int64) * M + offs_m[:, None]) * N + offs_n[None, :]
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(ptrs, (total / H).to(weights_ptr.dtype.element_ty), mask=inside)
+
+
+settle(globals())

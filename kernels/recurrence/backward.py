@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..grid import COUNTER_STRIDE, signal, wait
+from ..settled import settle
 from .layout import PAST, entering_rows, locate
 from .products import (
     across,
@@ -302,3 +303,6 @@ def recurrence_backward_kernel(
         tl.store(dh_init_ptr + reset_offs, dh_reset.to(dh_init_ptr.dtype.element_ty), mask=exists_b & own)
         if HAS_C:
             tl.store(dc_init_ptr + reset_offs, dc_reset.to(dc_init_ptr.dtype.element_ty), mask=exists_b & own)
+
+
+settle(globals())

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ..activations import sigmoid, tanh
+from ..settled import settle
 
 
 @triton.jit
@@ -89,3 +90,6 @@ def lstm_step_backward(saved, state, new_state, dstate):
     do = dh * tanh_c * o * (1.0 - o)
     dgates = (di, df, dg, do)
     return dgates, dgates, (tl.zeros_like(dh), dc * f)
+
+
+settle(globals())

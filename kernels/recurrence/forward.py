@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..grid import COUNTER_STRIDE, signal, wait
+from ..settled import settle
 from .layout import PAST, entering_rows, locate
 from .products import (
     across,
@@ -249,3 +250,6 @@ def recurrence_forward_kernel(
         tl.store(h_n_ptr + final + state_offs, state[0].to(h_n_ptr.dtype.element_ty), mask=exists_b & own)
         if HAS_C:
             tl.store(c_n_ptr + final + state_offs, state[1].to(c_n_ptr.dtype.element_ty), mask=exists_b & own)
+
+
+settle(globals())

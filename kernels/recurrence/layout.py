@@ -15,6 +15,8 @@ A padded batch without any of that needs no map: its rows are computed (MAPPED F
 import triton
 import triton.language as tl
 
+from ..settled import settle
+
 CUT = tl.constexpr(-1)
 PAST = tl.constexpr(-2)
 
@@ -56,3 +58,6 @@ def entering_rows(source, R, values_ptr, stride, initial_ptr, initial_stride, NA
         # Triton's passes for AMD follow pointers to the one tensor they point into; an address they leave alone.
         found = tl.where(source < R, rows.to(tl.int64), initial_rows.to(tl.int64)).to(values_ptr.dtype)
     return found
+
+
+settle(globals())

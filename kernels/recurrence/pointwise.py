@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..settled import settle
 from .products import load_gates, store_gates
 
 
@@ -37,3 +38,6 @@ def pointwise_kernel(
         state = state + (tl.load(c_ptr + offs, mask=mask, other=0.0).to(tl.float32),)
     _, saved = STEP(x_gates, h_gates, state)
     store_gates(saved_ptr, rows, stride_saved, columns, H, mask, saved, SAVED, 1)
+
+
+settle(globals())

@@ -14,6 +14,8 @@ and no hidden size has to be padded to a power of two. Otherwise the slice is re
 import triton
 import triton.language as tl
 
+from ..settled import settle
+
 
 @triton.jit
 def across(values, AXIS: tl.constexpr):
@@ -264,3 +266,6 @@ def folded_sum(acc, FOLD: tl.constexpr):
         else:
             total = folded_sum(low + high, HALF)
     return total
+
+
+settle(globals())

@@ -7,6 +7,7 @@ bounds it: programs own BLOCK_H units for BLOCK_B sequences, and no program wait
 import triton
 import triton.language as tl
 
+from ..settled import settle
 from .products import across, dot, gate_bias, gate_weights, load_rows, split_gates, store_gates
 
 
@@ -127,3 +128,6 @@ def recurrence_step_kernel(
         tl.store(cells_ptr + offs, new_state[1].to(cells_ptr.dtype.element_ty), mask=mask)
     if SAVE:
         store_gates(saved_ptr, offs_b, SAVED * H, columns, H, mask, saved, SAVED, ROW)
+
+
+settle(globals())
