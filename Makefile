@@ -5,6 +5,9 @@ EXTRAS ?= bench,dev
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# A process a core. The plugin that measures warns beside the one that runs processes, and has nothing to do here.
+PARALLEL ?= -n auto --maxprocesses 8 -p no:benchmark
+
 # What a caller's shell says about Python, Triton or the backend must not change what a target does.
 CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u TRITON_INTERPRET -u SEQCORE_BACKEND
 
@@ -25,8 +28,8 @@ help:  ## list the targets
 venv: $(VENV)/.ready  ## make .venv, with every package pinned
 
 test: $(VENV)/.ready  ## the ordinary suite, the interpreted suite, and every kernel compiled ahead of time
-	$(CLEAN) $(BIN)/pytest tests
-	$(CLEAN) TRITON_INTERPRET=1 $(BIN)/pytest tests
+	$(CLEAN) $(BIN)/pytest tests $(PARALLEL)
+	$(CLEAN) TRITON_INTERPRET=1 $(BIN)/pytest tests $(PARALLEL)
 	$(CLEAN) $(BIN)/python -m seqcore.testing.aot --out build/aot.json
 
 bench: $(VENV)/.ready  ## measure what this machine can, and write the report (ARGS=... is passed on)

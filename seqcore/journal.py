@@ -11,7 +11,7 @@ class Journal:
     """A file of JSON lines, one for each thing finished; what stands there under the same key need not be done again.
 
     Args:
-        path: the file; it need not exist yet. Several journals, also of several processes in turn, may share it.
+        path: the file; it need not exist yet. Several journals, also of several processes, may share it.
         key: what results depend on: sources, versions, device. Lines of another key are not read.
         kind: tells these lines from those of other kinds of things in the same file.
     """
@@ -49,8 +49,9 @@ class Journal:
 
     def _append(self, text: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        # In one piece, so that lines of several processes do not run into each other.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(text.encode())
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

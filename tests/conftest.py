@@ -18,6 +18,10 @@ from seqcore.backends import INTERPRETED
 
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 
+# One of several processes, which share the cores. Those that tests begin are not to think that of themselves.
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
+    torch.set_num_threads(1)
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: launches Triton kernels, on a GPU or interpreted")
