@@ -42,6 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config_sizes(config)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     for mark, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{mark}: {meaning}")
     # In tests a warning is an error; a measurement of minutes on a new machine should not die of one.

@@ -197,8 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks import readme
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="for CI; waiting for a GPU is no failure")
-    parser.add_argument("--take", type=Path, metavar="DIR", help="a campaign's results")
+    check = "fail if README says other than the results do; waiting for a GPU is no failure"
+    take_help = "copy a campaign's results to benchmarks/results/, and write README's figures from them"
+    parser.add_argument("--check", action="store_true", help=check)
+    parser.add_argument("--take", type=Path, metavar="DIR", help=take_help)
     options = parser.parse_args(arguments)
     try:
         if options.take:

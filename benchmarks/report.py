@@ -68,10 +68,11 @@ def models_table(results: Results) -> str:
             [NAMES[row.op], f"{info['parameters']:,}", f"{info['shape']['H']}", f"{info['steps']}"]
             + [number(info["ms_p50"]), number(info["tokens_per_s"])]
             + [number(row.tokens / info["peers"][TORCH] * 1e3), f"{info['ratio']:.2f}"]
+            + [number(info["ms_p50"] / info["floor_ms"])]
             + [f"{held_out[0]['loss']:.2f} → {held_out[-1]['loss']:.2f}", f"{info['max_loss_difference']:.1e}"]
         )
     header = ["model", "parameters", "width", "steps", "ms a step", f"tokens/s {OURS}", f"tokens/s {TORCH}", "ratio"]
-    return table([*header, "held-out loss", "largest difference of loss"], lines)
+    return table([*header, "times floor", "held-out loss", "largest difference of loss"], lines)
 
 
 def machine_lines(results: Results) -> list[str]:
@@ -142,8 +143,8 @@ def report(results: Results, plots: list[Plot]) -> str:
 READING = f"""\
 Times are medians of interleaved rounds. Slopes, crossovers and plots take, for each layer and size, whoever is \
 fastest on this machine; the tables show {OURS} and its peers apart. *ratio* is the best peer's time over {OURS}'s: \
-above 1, {OURS} is faster. *times floor* is the time over the least this machine could take for the same products and \
-bytes. *memory* is what one pass needs beyond weights, input and output's gradient: on a GPU the peak allocated, on a \
+above 1, {OURS} is faster. *times floor* is the time over the least this machine could take for the same products, \
+bytes and launches; a CPU keeps small problems in its caches and may beat the bytes. *memory* is what one pass needs beyond weights, input and output's gradient: on a GPU the peak allocated, on a \
 CPU what autograd saves for backward. *dependent steps* is the longest chain of operations of which each needs the one \
 before. Before its time counted, every layer was compared with float64, over at least its first steps, and lay within \
 the error budget."""

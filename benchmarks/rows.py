@@ -140,7 +140,7 @@ class Results:
 
         Of several files the first tells machine and date; those from another commit or other kernels are left out.
         """
-        all_found = [json.loads(path.read_text()) for path in paths]
+        all_found = [_read(path) for path in paths]
         machine = all_found[0].get("seqcore", {}).get("machine", {})
         rows, not_measured = [], []
         for found in all_found:
@@ -160,6 +160,16 @@ class Results:
         """Those of ``among`` that occur as ``key`` in some row, in that order."""
         present = {row.info.get(key) for row in self.rows}
         return [value for value in among if value in present]
+
+
+def _read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict) or "benchmarks" not in found:
+        raise ValueError(f"{path} has no 'benchmarks'; pass a bench.json that `python -m benchmarks` wrote")
+    return found
 
 
 def _plain(info: dict, wanted: dict) -> set:

@@ -276,7 +276,13 @@ SIZES = {sizes.name: sizes for sizes in (CPU, GPU, TINY)}
 
 
 def choose_sizes(name: str = "auto") -> Sizes:
-    """The sizes of that name; ``auto`` is the GPU's where there is one and the CPU's elsewhere."""
+    """The sizes of that name; ``auto`` is the GPU's where there is one and the CPU's elsewhere.
+
+    Raises ValueError where they need a GPU and there is none.
+    """
     if name == "auto":
         name = "gpu" if torch.cuda.is_available() else "cpu"
-    return SIZES[name]
+    sizes = SIZES[name]
+    if sizes.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"sizes {name!r} need a GPU, and torch.cuda.is_available() is False; take cpu, tiny or auto")
+    return sizes

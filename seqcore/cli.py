@@ -25,3 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadTable as error:
         print(f"seqcore {options.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"seqcore {options.command}: {error}", file=sys.stderr)
+        return 2

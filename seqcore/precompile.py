@@ -47,7 +47,7 @@ def precompile(problem: Problem, device: Device | None = None) -> list[Compiled]
     if isinstance(problem, Recurrence):
         problem = replace(problem, T=min(problem.T, FEW_STEPS))
     problem = replace(problem, backend="triton")
-    with _listening() as found:
+    with listening() as found:
         if device is not None:
             from .testing.launches import compiled_for
 
@@ -58,14 +58,14 @@ def precompile(problem: Problem, device: Device | None = None) -> list[Compiled]
             torch.cuda.synchronize()
         else:
             raise UnsupportedInput(
-                "precompile: there is no GPU here to compile for; name the one that is meant, by --arch sm_90 or "
+                "there is no GPU here to compile for; name the one that is meant, by --arch sm_90 or "
                 'device=Device("sm_90"), and carry Triton\'s cache to it'
             )
     return found
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator[list[Compiled]]:
+def listening() -> Iterator[list[Compiled]]:
     """Every kernel that Triton compiles, or finds in its cache, within the block."""
     import triton
 

@@ -195,6 +195,7 @@ def test_report_says_what_the_rows_say():
 def test_report_tells_a_cpu_from_a_gpu_and_quiet_from_busy():
     results = synthetic(gpu=None)
     assert "do not speak for a GPU" in report.report(results, [])
+    assert "None of seqcore's kernels ran" in report.report(results, [])
     assert "busy" not in report.report(results, [])
     results.machine["busy_cores_at_start"] = 1.5
     assert "busy" in report.report(results, [])
@@ -244,7 +245,7 @@ def test_tiny_run_and_report(tmp_path):
         assert info.keys() >= PROMISED
         # On a CPU both clocks time the same calls.
         if info["suite"] != "models":
-            assert entry["stats"]["median"] * 1e3 == pytest.approx(info["ms_p50"], rel=0.2, abs=0.05)
+            assert entry["stats"]["median"] * 1e3 == pytest.approx(info["ms_p50"], rel=0.5, abs=0.2)
         else:
             assert info["max_loss_difference"] < 1e-4
     page = (out / "report.md").read_text()

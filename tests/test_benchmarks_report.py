@@ -196,6 +196,32 @@ def test_parts_that_overlap_stand_on_the_other_side(tmp_path):
     load("reporting.plots").plt.close(drawing.figure)
 
 
+@pytest.mark.parametrize("text, why", [("{", "is not JSON"), ("[]", "has no 'benchmarks'"), ("{}", "bench.json")])
+def test_a_file_that_holds_no_rows_is_named(tmp_path, capsys, text, why):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    assert report.main([str(path)]) == 1
+    said = capsys.readouterr().err
+    assert f"{path} " in said and why in said
+
+
+@pytest.mark.parametrize("pass_", shapes.PASSES)
+def test_one_pass_alone_is_drawn(tmp_path, pass_):
+    pytest.importorskip("matplotlib")
+    results = rows.Results([row for row in whole().rows if row.info["pass"] == pass_], MACHINE, [], "today")
+    _, written = report.write_report([write(tmp_path / "bench.json", results)], tmp_path)
+    assert sum(path.suffix == ".png" for path in written) == 7
+
+
+def test_a_length_of_one_pass_alone_has_a_tick():
+    pytest.importorskip("matplotlib")
+    found = [row for row in bottleneck() if (row.T, row.info["pass"]) != (8192, "training")]
+    drawing = load("reporting.plot_lines").time_over_length(rows.Results(found, MACHINE, [], ""))
+    for ax in drawing.figure.axes:
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["512", "2,048", "8,192"]
+    load("reporting.plots").plt.close(drawing.figure)
+
+
 def test_the_same_rows_draw_the_same_page(tmp_path):
     pytest.importorskip("matplotlib")
     source = write(tmp_path / "bench.json", rows.Results(attention(), MACHINE, [], "today"))
@@ -223,6 +249,7 @@ def test_the_shortest_verdicts_come_first():
     told = "\n".join(said)
     assert "time grows as GRU T^1.00, LSTM T^1.00, attention T^2.00." in told
     assert "Recurrences, torch.nn's time over seqcore's, geometric means: forward **1.97** over 38 shapes" in told
+    assert told.count("; above 1, seqcore is faster.") == 2
     assert "A recurrence's time over the least its steps can take here, medians: forward **2." in told
     assert "Attention, the best peer's time over seqcore's, geometric means: forward **0." in told
     assert "Not measured: 1;" in said[-1]
@@ -240,8 +267,9 @@ def test_means_speak_of_torch_whoever_is_best():
         recurrence("lstm", "forward", 16, 512, 1.0, {}, sweep="odd"),
     ]
     results = rows.Results(found, MACHINE, [], "")
-    said = recurrence_report.sentences(results)[0]
+    said, apart = recurrence_report.sentences(results)[:2]
     assert "geometric mean of the ratios 2.00 over 1 shapes; the worst is 2.00, LSTM" in said
+    assert "what torch.nn does not know, against what takes its place: geometric mean of the ratios 8.00 over" in apart
     tables = re.sub(" +", " ", "\n".join(recurrence_report.tables(results)))
     assert "| torch.nn ms | FlashRNN ms | Python loop of cells ms | best peer | ratio |" in tables
     assert "| 2 | 0.5 | - | FlashRNN | 0.50 | 0.50 to 0.50 | 2.00 |" in tables

@@ -31,6 +31,14 @@ def test_an_unknown_command_is_refused(capsys):
     assert "frobnicate" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_no_traceback(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    sizes = ["--T", "2", "--B", "1", "--H", "4", "--backend", "reference"]
+    assert cli.main(["profile", "gru", *sizes, "--out", str(tmp_path / "file" / "under")]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "file" / "under") in said and said.startswith("seqcore profile: ")
+
+
 def few_cases(monkeypatch):
     """Leave verify one recurrence and one attention, which is enough to see that it judges."""
     recurrences, attentions = verify.recurrences, verify.attentions
@@ -61,6 +69,42 @@ def test_verify_fails_when_a_kernel_errs(monkeypatch, capsys):
     monkeypatch.setattr(functional, "attention", wrong)
     assert cli.main(["verify"]) == 1
     assert "FAIL out of attention" in capsys.readouterr().out
+
+
+@pytest.mark.kernels
+def test_verify_goes_on_when_a_kernel_raises(monkeypatch, tmp_path, capsys):
+    few_cases(monkeypatch)
+    right = functional.attention
+
+    def raising(*args, backend, **kwargs):
+        if backend == "triton":
+            raise SyntaxError("does not compile")
+        return right(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(functional, "attention", raising)
+    assert cli.main(["verify", "--out", str(tmp_path / "rows.json")]) == 1
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert found["complete"]
+    errors = {row["kernel"]: row["error"] for row in found["rows"] if not row["ok"]}
+    assert errors["attention_forward_kernel"] == "SyntaxError: does not compile"
+    assert "attention_backward_delta_kernel, attention_backward_dq_kernel" in errors
+    assert any(row["ok"] and row["kernel"].startswith("recurrence") for row in found["rows"])
+    assert "(SyntaxError: does not compile)" in capsys.readouterr().out
+
+
+@pytest.mark.kernels
+def test_processes_share_what_is_to_be_verified(monkeypatch, tmp_path, capsys):
+    case = ["--case", "gru T=4 B=5 H=31 padded" if INTERPRETED else "gru T=33 B=5 H=64 padded"]
+    assert cli.main(["verify", *case, "--journal", str(tmp_path / "alone")]) == 0
+    alone = capsys.readouterr().out
+    # All of it is done by the others.
+    monkeypatch.setattr(verify, "_judge", None)
+    assert cli.main(["verify", *case, "--jobs", "2"]) == 0
+    assert capsys.readouterr().out == alone
+    monkeypatch.setattr(verify, "verify", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    assert cli.main(["verify", *case, "--journal", str(tmp_path / "alone"), "--out", str(tmp_path / "rows.json")]) == 3
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert found["rows"] and not found["complete"]
 
 
 @pytest.mark.kernels

@@ -103,7 +103,7 @@ def test_without_a_gpu_one_must_be_named(capsys):
         (["lstm", "--H", "0", "--arch", "sm_90"], "H must be a positive number, got 0"),
         (["attention", "--dtype", "int8", "--arch", "sm_90"], "dtype must be one of float16, bfloat16, float32"),
         (["lstm", "--arch", "sm_70"], "needs compute capability 8.0 or newer, got sm_70"),
-        (["lstm", "--arch", "h100"], "needs a GPU, got h100"),
+        (["lstm", "--arch", "h100"], "--arch must be a GPU's, like sm_90 or gfx942, got 'h100'"),
         (["lstm", "--arch", "sm_90", "--multiprocessors", "8", "--H", "16384"], "run"),
     ],
 )

@@ -23,7 +23,8 @@ def caveat(results: Results) -> str | None:
     return (
         "**Measured on a CPU. These numbers do not speak for a GPU.** A CPU does few things at once, so a recurrence "
         "leaves little of it idle; a GPU does thousands at once. The questions are the same on both, the answers "
-        "need not be."
+        "need not be. **None of seqcore's kernels ran**: without a GPU it calls torch's own operators, and plain "
+        "PyTorch for what those cannot do, so its ratios say nothing about the kernels."
     )
 
 

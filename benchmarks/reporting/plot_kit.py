@@ -98,7 +98,7 @@ def log_log(ax: Axes, places: list[float]) -> None:
     """Both axes logarithmic, with a tick at each of x's ``places``, and numbers as one writes them."""
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xticks(places, [f"{place:,.0f}" for place in places], rotation=45 if len(places) > 8 else 0)
+    ax.set_xticks(places, [f"{place:,.0f}" for place in places], rotation=45 if len(places) > 7 else 0)
     ax.xaxis.set_minor_locator(NullLocator())
     plain_y(ax)
 

@@ -69,10 +69,13 @@ def _over(
     figure, axes = panels(len(sweeps), len(PASSES), 3.9, sharex="row", sharey=True)
     drawn = []
     for line, sweep in zip(axes, sweeps, strict=True):
+        # Panels side by side share their ticks, and the last to set them wins.
+        places = sorted({x[0](row) for row in results.select(suite="bottleneck", sweep=sweep)})
         for ax, pass_ in zip(line, PASSES, strict=True):
             found = results.select(suite="bottleneck", sweep=sweep, pass_=pass_)
             if found:
                 drawn.append((ax, _layers(ax, found, x[0], y[0], slopes)))
+                log_log(ax, places)
                 held = f"T = {found[0].T:,}" if sweep == "batch_sweep" else sweep_name(found)
                 ax.set_title(f"{pass_.capitalize()}, {held}, H = {found[0].info['shape']['H']:,}")
             ax.set_xlabel(x[1])
@@ -98,7 +101,6 @@ def _layers(ax: Axes, rows: list[Row], x: Value, y: Value, slopes: bool) -> list
             ax.plot(places, values, color=color, marker=marker, markersize=4.5)
             fit = fit_power(places, values) if slopes else None
             ends.append((values[-1], NAMES[op] + (f" T^{fit.slope:.2f}" if fit else ""), color))
-    log_log(ax, sorted({x(row) for row in rows}))
     return ends
 
 

@@ -40,6 +40,10 @@ def step_over_floor(results: Results) -> Drawing | None:
     for line, op in zip(axes, ops, strict=True):
         for ax, pass_ in zip(line, PASSES, strict=True):
             found = [row for row in rows if (row.op, row.info["pass"]) == (op, pass_)]
+            if not found:
+                # Of a run of one pass, or one that was cut short.
+                ax.set_axis_off()
+                continue
             found.sort(key=lambda row: (row.info["shape"]["H"], row.B), reverse=True)
             stacks = [(_shape(row, rows), _floor_us(row), row.info["us_per_step"]) for row in found]
             parts |= dict.fromkeys(name for _, stack, _ in stacks for name in stack)

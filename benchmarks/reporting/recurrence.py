@@ -76,6 +76,13 @@ def _ratio_sentences(rows: list[Row], pass_: str) -> list[str]:
             f"{pass_.capitalize()}, {where}: geometric mean of the ratios {', '.join(means)}; the worst is "
             f"{torch_ratio(worst):.2f}{known}, {row_name(worst)}."
         )
+    if apart := [row for row in rows if row.info["sweep"] in APART - {"length"} and torch_ratio(row)]:
+        worst = min(apart, key=torch_ratio)
+        found.append(
+            f"{pass_.capitalize()}, what {TORCH} does not know, against what takes its place: geometric mean of the "
+            f"ratios {mean_ratio(apart):.2f} over {len(apart)} shapes; the worst is {torch_ratio(worst):.2f}, "
+            f"{row_name(worst)}."
+        )
     return found
 
 

@@ -1,6 +1,7 @@
 """``seqcore precompile``"""
 
 import argparse
+import re
 import sys
 
 from ..errors import InvalidInput, UnsupportedInput
@@ -25,6 +26,8 @@ def run(options: argparse.Namespace) -> int:
 
     device = Device(options.arch, options.multiprocessors) if options.arch else None
     try:
+        if device is not None and not re.fullmatch(r"sm_\d{2,3}|gfx\w+", options.arch):
+            raise InvalidInput(f"--arch must be a GPU's, like sm_90 or gfx942, got {options.arch!r}")
         for chosen in [problem(options, pass_=options.pass_, dtype=dtype) for dtype in options.dtype]:
             print(f"{chosen.label}:", flush=True)
             for compiled in precompile(chosen, device):

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 RECURRENCES = ("rnn", "gru", "lstm")
-# With what they are if nothing is said.
+# With what they are if nothing is said; 0 stands for another size, which the words name.
 RECURRENCE_SIZES = {
-    "T": (1024, "time steps"), "B": (16, "sequences"), "H": (768, "hidden units"), "I": (0, "input features (H)"),
-    "layers": (1, "layers"), "directions": (1, "1 or 2"),
+    "T": (1024, "time steps"), "B": (16, "sequences"), "H": (768, "hidden units"),
+    "I": (0, "input features; H by default"), "layers": (1, "layers"), "directions": (1, "1 or 2"),
 }  # fmt: skip
 ATTENTION_SIZES = {
-    "B": (1, "sequences"), "H": (16, "query heads"), "H-kv": (0, "key heads (H)"), "M": (4096, "queries"),
-    "N": (0, "keys (M)"), "D": (128, "head dim"), "window": (0, "keys a query sees, with --causal (all)"),
+    "B": (1, "sequences"), "H": (16, "query heads"), "H-kv": (0, "key heads; H by default"), "M": (4096, "queries"),
+    "N": (0, "keys; M by default"), "D": (128, "head dim"),
+    "window": (0, "keys a query sees, with --causal; all by default"),
 }  # fmt: skip
 
 
@@ -22,7 +23,8 @@ def add_operations(parser: argparse.ArgumentParser) -> Iterator[argparse.Argumen
     for op in (*RECURRENCES, "attention"):
         subparser = operations.add_parser(op)
         for name, (default, meaning) in (ATTENTION_SIZES if op == "attention" else RECURRENCE_SIZES).items():
-            subparser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning}; {default} by default")
+            known = f"{meaning}; {default} by default" if default else meaning
+            subparser.add_argument(f"--{name}", type=int, default=default, help=known)
         flag, meaning = ("causal", "hide later keys") if op == "attention" else ("packed", "lengths from T/4 to T")
         subparser.add_argument(f"--{flag}", action="store_true", help=meaning)
         yield subparser

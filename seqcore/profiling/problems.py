@@ -35,10 +35,8 @@ class _Problem:
 
     def _require(self, right: bool, name: str, allowed: str) -> None:
         if not right:
-            raise InvalidInput(
-                f"{self.op}: {name.rstrip('_')} must be {allowed}, got {getattr(self, name)!r}; "
-                f"`seqcore profile {self.op} --help` tells more"
-            )
+            got = getattr(self, name)
+            raise InvalidInput(f"{self.op}: {name.rstrip('_')} must be {allowed}, got {got!r}; --help tells more")
 
     @property
     def shape(self) -> dict[str, int]:
