@@ -14,7 +14,8 @@ from benchmarks.peers import versions
 from benchmarks.resume import why
 from benchmarks.rows import add_roofs
 from benchmarks.shapes import SIZES, Case, Sizes, choose_sizes
-from benchmarks.timing import RoofMeter, Stopwatch
+from benchmarks.timing import RoofMeter
+from seqcore.clock import Stopwatch
 
 MARKS = {
     "bottleneck": "layer against layer: what stepping through time costs",

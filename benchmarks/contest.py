@@ -11,8 +11,9 @@ from torch import Tensor
 from benchmarks.layers import TORCHS, Layer, build_layers, check, make_data, memory, passes
 from benchmarks.rows import extra_info
 from benchmarks.shapes import Case, Sizes
-from benchmarks.timing import Stopwatch, race
+from benchmarks.timing import race
 from seqcore import UnsupportedInput
+from seqcore.clock import Stopwatch
 from seqcore.kernels.work import work
 
 # What a suite adds to a row, from ours, torch's layer and the input.
@@ -32,6 +33,8 @@ def where_supported(sizes: Sizes) -> Iterator[None]:
         pytest.skip("does not fit this GPU's memory")
     finally:
         if sizes.device == "cuda":
+            # Peers are compiled for each case; of too many, torch would run the rest uncompiled without a word.
+            torch.compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()
 

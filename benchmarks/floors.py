@@ -24,8 +24,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from benchmarks.shapes import Case
-from benchmarks.timing import Call, Roofs, Stopwatch, Timing
+from benchmarks.timing import Roofs, Timing
 from seqcore.backends import describe
+from seqcore.clock import Call, Stopwatch
 from seqcore.kernels.recurrence import plan as plans
 from seqcore.kernels.work import GATES, recurrent_flops
 from seqcore.profiling.exchange import ROUNDS, Exchange, barrier_samples, exchange_of, exchange_samples

@@ -144,10 +144,10 @@ READING = f"""\
 Times are medians of interleaved rounds. Slopes, crossovers and plots take, for each layer and size, whoever is \
 fastest on this machine; the tables show {OURS} and its peers apart. *ratio* is the best peer's time over {OURS}'s: \
 above 1, {OURS} is faster. *times floor* is the time over the least this machine could take for the same products, \
-bytes and launches; a CPU keeps small problems in its caches and may beat the bytes. *memory* is what one pass needs beyond weights, input and output's gradient: on a GPU the peak allocated, on a \
-CPU what autograd saves for backward. *dependent steps* is the longest chain of operations of which each needs the one \
-before. Before its time counted, every layer was compared with float64, over at least its first steps, and lay within \
-the error budget."""
+bytes and launches; a CPU keeps small problems in its caches and may beat the bytes. *memory* is what one pass needs \
+beyond weights, input and output's gradient: on a GPU the peak allocated, on a CPU what autograd saves for backward. \
+*dependent steps* is the longest chain of operations of which each needs the one before. Before its time counted, \
+every layer was compared with float64, over at least its first steps, and lay within the error budget."""
 
 
 def write_report(

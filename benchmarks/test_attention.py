@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from benchmarks.attention_cases import AttentionCase, attention_cases, score_work
 from benchmarks.attention_data import check, make_data
@@ -12,7 +11,8 @@ from benchmarks.conftest import config_sizes, parameters
 from benchmarks.contest import where_supported
 from benchmarks.rows import extra_info
 from benchmarks.shapes import Sizes
-from benchmarks.timing import Stopwatch, race
+from benchmarks.timing import race
+from seqcore.clock import Stopwatch
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -49,9 +49,6 @@ def test_attention(
         }
         timing, timings = race(benchmark, stopwatch, lambda: contestant.run(case.pass_), calls, sizes.case_seconds)
         work = score_work(case, data.query.element_size())
-    if stopwatch.on_gpu:
-        # FlexAttention is compiled for each case; of too many, torch would compile no more.
-        torch.compiler.reset()
     benchmark.group = f"attention {case.pass_} {case.sweep}"
     benchmark.extra_info |= extra_info(
         "attention", "attention", case.pass_, case.dtype, case.shape, timing, timings, work, describe(), **more

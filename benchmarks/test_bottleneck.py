@@ -7,7 +7,7 @@ import pytest
 from benchmarks.conftest import config_sizes, parameters
 from benchmarks.contest import contest
 from benchmarks.shapes import Case, Sizes
-from benchmarks.timing import Stopwatch
+from seqcore.clock import Stopwatch
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

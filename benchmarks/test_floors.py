@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.floors import NEEDS_A_GPU, Exchange, FloorMeter
 from benchmarks.rows import floor_info
-from benchmarks.timing import RoofMeter, Stopwatch, Timing
+from benchmarks.timing import RoofMeter, Timing
+from seqcore.clock import Stopwatch
 
 pytestmark = pytest.mark.floors
 PROGRAMS = (8, 16, 32, 64, 96, 132)

@@ -14,7 +14,7 @@ from benchmarks.recurrence_cases import cudnn_path, recurrence_cases
 from benchmarks.recurrence_peers import recurrence_peers
 from benchmarks.rows import OURS
 from benchmarks.shapes import Case, Sizes
-from benchmarks.timing import Stopwatch
+from seqcore.clock import Stopwatch
 
 RECOMPUTED = f"{OURS}, recompute"
 

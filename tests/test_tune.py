@@ -11,7 +11,7 @@ from seqcore.backends import INTERPRETED
 from seqcore.kernels import tuning
 from seqcore.tuning import ahead, problems, run, search
 from seqcore.tuning.attention import Attention
-from seqcore.tuning.clock import Deadline, OutOfTime, race
+from seqcore.tuning.race import Deadline, OutOfTime, race
 
 from .tuning_stubs import FOREVER, H200, FakeClock, Stub, bench
 

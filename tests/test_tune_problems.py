@@ -14,8 +14,8 @@ from seqcore.testing import aot
 from seqcore.testing.launches import compiled_for
 from seqcore.tuning import ahead, problems, search
 from seqcore.tuning.attention import Attention
-from seqcore.tuning.clock import Deadline, OutOfTime
 from seqcore.tuning.judge import Judge, float32_products
+from seqcore.tuning.race import Deadline, OutOfTime
 from seqcore.tuning.recurrence import Recurrence
 
 from .tuning_stubs import CPU, FOREVER, H200, FakeClock, Here, Stub, bench

@@ -9,8 +9,8 @@ from seqcore.kernels.tuning import Device
 from seqcore.testing import aot
 from seqcore.testing.cases import Case
 from seqcore.tuning import ahead, search
-from seqcore.tuning.clock import Deadline
 from seqcore.tuning.problem import Problem
+from seqcore.tuning.race import Deadline
 
 CPU = torch.device("cpu")
 H200 = Device("sm_90")

@@ -69,7 +69,7 @@ def _problems(options: argparse.Namespace) -> list:
 
 def _dry_run(options: argparse.Namespace) -> int:
     from ..tuning import ahead
-    from ..tuning.clock import Deadline, OutOfTime
+    from ..tuning.race import Deadline, OutOfTime
 
     device = Device(options.arch) if options.arch else describe(torch.device("cuda"))
     deadline = Deadline(options.seconds)
@@ -93,8 +93,9 @@ def _described(verdict) -> str:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    from ..clock import Stopwatch
     from ..tuning import ahead
-    from ..tuning.clock import Deadline, stopwatch
+    from ..tuning.race import Deadline
     from ..tuning.run import run
     from ..tuning.search import Bench, Effort
 
@@ -105,7 +106,7 @@ def _tune(options: argparse.Namespace) -> int:
     effort = Effort(rounds=1, finalists=1, final_rounds=3, candidates=2) if options.tiny else Effort()
     with contextlib.ExitStack() as stack:
         compiler = None if options.tiny else stack.enter_context(ahead.Compiler(max(1, options.jobs)))
-        bench = Bench(device, torch_device, compiler, stopwatch(torch_device), Deadline(options.seconds), effort)
+        bench = Bench(device, torch_device, compiler, Stopwatch(torch_device.type), Deadline(options.seconds), effort)
         try:
             outcome = run(_problems(options), bench, out, log, options.force)
         except RuntimeError:

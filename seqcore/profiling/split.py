@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from ..backends import describe, recurrence_precision
+from ..clock import Stopwatch
 from .exchange import ROUNDS, barrier_samples, exchange_of, exchange_samples
 from .problems import Call, Recurrence
 
 CELLS = {"rnn": "rnn_tanh", "gru": "gru", "lstm": "lstm"}
-# Written before each measurement: busy with it, the GPU does not wait for Python to launch what is measured.
-BUSY_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Step:
         return parts | {"rest": self.whole - sum(parts.values())}
 
 
-def splits(problem: Recurrence, call: Call, clock: "Clock | None" = None) -> list[dict[str, Any]]:
+def splits(problem: Recurrence, call: Call, clock: Stopwatch | None = None) -> list[dict[str, Any]]:
     """For forward and, in training, backward, of which the first launch counts: plan, steps, microseconds a step.
 
     ``call`` is the problem's, built on a GPU.
@@ -58,11 +57,11 @@ def splits(problem: Recurrence, call: Call, clock: "Clock | None" = None) -> lis
     with contextlib.ExitStack() as stack:
         caught = {name: stack.enter_context(_first_launch(kernel)) for name, kernel in kernels.items()}
         call()
-    clock = clock or Clock()
+    clock = clock or Stopwatch("cuda")
     return [_split(problem, name, kernel, caught[name], clock) for name, kernel in kernels.items()]
 
 
-def _split(problem: Recurrence, pass_: str, kernel: Any, arguments: dict[str, Any], clock: "Clock") -> dict[str, Any]:
+def _split(problem: Recurrence, pass_: str, kernel: Any, arguments: dict[str, Any], clock: Stopwatch) -> dict[str, Any]:
     from ..kernels.recurrence import variants
 
     if pass_ == "forward":
@@ -136,20 +135,3 @@ def _first_launch(kernel: Any) -> Iterator[dict[str, Any]]:
         yield caught
     finally:
         kernel.pre_run_hooks.remove(catch)
-
-
-class Clock:
-    """Milliseconds that one call takes on the GPU."""
-
-    def __init__(self) -> None:
-        self.busy = torch.empty(BUSY_BYTES, dtype=torch.int8, device="cuda")
-
-    def __call__(self, call: Call, prepare: Call = lambda: None) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        prepare()
-        self.busy.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)

@@ -14,9 +14,9 @@ from ..kernels.tuning import Device
 from ..testing import aot, verify
 from ..testing.aot_entry import Entry
 from ..testing.launches import compiled_for
-from .clock import Deadline
 from .judge import float32_products, floats_as
 from .problem import Fields, Problem
+from .race import Deadline
 
 # Bytes a thread may spill beyond the candidate that spills least.
 SPILL_ALLOWANCE = 32

@@ -13,10 +13,10 @@ from ..journal import Journal
 from ..kernels import tables, tuning
 from ..kernels.tuning import INTERPRETER
 from . import table
-from .clock import OutOfTime
 from .problem import Problem
 from .problems import problems as all_problems
 from .progress import Progress
+from .race import OutOfTime
 from .search import Bench, compare, search
 
 # Of lines in the log.

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from ..clock import percentile
 from ..kernels.tuning import Device
 from . import ahead
-from .clock import Clock, Deadline, percentile, race
 from .judge import Judge, float32_products
 from .problem import Fields, Problem
+from .race import Clock, Deadline, race
 
 # What another choice must take of the present one's time, at the median of all rounds.
 BETTER = 0.98
