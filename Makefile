@@ -42,12 +42,8 @@ aot-full: $(AOT_VENV)/.ready  ## compile every kernel in every configuration
 	$(CLEAN) $(AOT_VENV)/bin/python -m seqcore.testing.aot --full --out build/aot-full$(AOT_TAG).json $(ARGS)
 
 # On a GPU machine the system's own torch and Triton are the ones to measure, and there may be no network: so
-# no environment, and nothing is installed but a link to this checkout (`pip uninstall seqcore` removes it).
-LINKED := import os, seqcore.kernels; assert os.path.samefile(seqcore.kernels.__path__[0], "kernels")
-
+# no environment, and nothing is installed but, if pip can, a link to this checkout, which pip uninstall removes.
 gpu:  ## tests, numerics and benchmarks on this machine's GPU, with the system's python3 (OUT=build/gpu)
-	@$(PYTHON) -c '$(LINKED)' 2>/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 \
-	    $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m benchmarks.campaign --out $(or $(OUT),build/gpu) $(ARGS)
 
 ledger: $(VENV)/.ready  ## which kernels wait for a GPU; fails if README says other than the results

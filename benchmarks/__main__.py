@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks import ahead
 from benchmarks.environment import ROOT, key
 from benchmarks.measured import ROW, is_finished, keep_header, row_of, write
 from benchmarks.progress import Progress
@@ -20,9 +22,8 @@ SUITES = ("floors", "recurrence", "attention", "bottleneck", "models")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    begin, options = time.monotonic(), parse(arguments)
     sizes = choose_sizes(options.sizes)
-    options.out.mkdir(parents=True, exist_ok=True)
     data, journal_path = options.out / "bench.json", options.out / "journal.jsonl"
     if not options.resume:
         journal_path.unlink(missing_ok=True)
@@ -31,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     # An old file must not be taken for the result of a run that failed to write one.
     data.unlink(missing_ok=True)
     print(f"Measuring at the sizes {sizes.name!r}.", flush=True)
+    if options.jobs > 1 and sizes.device == "cuda":
+        ahead.in_shares(options.suite, sizes, options.out, options.jobs)
+    left = None if options.seconds is None else max(0.0, options.seconds - (time.monotonic() - begin))
     progress = Progress()
     resume = Resume(Journal(journal_path, run_key, ROW), is_finished, row_of)
     status = pytest.main(
@@ -41,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             "-pno:terminal",
             "--override-ini=addopts=--import-mode=importlib",
             f"--sizes={options.sizes}",
-            f"--time-share={sizes.share_of(options.seconds, options.suite)}",
+            f"--time-share={sizes.share_of(left, options.suite)}",
             "-Wdefault",
             "--benchmark-quiet",
             # Otherwise it does nothing beside the plugin that runs tests in several processes.
@@ -54,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if data.exists():
         keep_header(journal_path, run_key, data)
-    if not write(journal_path, run_key, data, sizes.device):
+    if not write(journal_path, run_key, data, sizes.device, resume.left):
         print(f"Nothing was measured. {'; '.join(progress.reasons)}", file=sys.stderr)
         # A CPU may have nothing to say about what was asked; a GPU has.
         return int(status) or int(sizes.device == "cuda" or not progress.reasons)
@@ -67,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     print_summary(results, [data, *written])
     if progress.failures:
         print("\nFailed:\n" + "\n".join(f"  {name}" for name in progress.failures), file=sys.stderr)
+    if resume.left:
+        print(f"\n{len(resume.left)} cases were not begun: the same with --resume measures them", file=sys.stderr)
     return int(status)
 
 
@@ -80,14 +86,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from OUT/journal.jsonl, where a run of the same sources stopped"
     )
     parser.add_argument("--seconds", type=float, help="for these suites together (default: what suits the sizes)")
+    parser.add_argument("--jobs", type=int, default=1, help="on a GPU: processes that compile before anything is timed")
     parser.add_argument("--no-plots", action="store_true", help="tables and words only")
     parser.add_argument("--no-report", action="store_true", help="measure only")
     options = parser.parse_args(arguments)
-    if options.text:
-        try:
-            load_corpus(options.text, choose_sizes(options.sizes).models.text_bytes)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
+    try:
+        sizes = choose_sizes(options.sizes)
+        if options.text:
+            load_corpus(options.text, sizes.models.text_bytes)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if options.seconds is not None and options.seconds <= 0:
+        parser.error(f"--seconds must be positive, got {options.seconds:g}")
     return options
 
 

@@ -10,6 +10,7 @@ on the same machine. No more than eight files are written, all of them directly 
 
 import argparse
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -17,27 +18,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from benchmarks.environment import ROOT, key
 from benchmarks.report import write_report
-from benchmarks.stages.definitions import MEASURED, PROFILED, Stage, stages
+from benchmarks.stages.definitions import JOURNAL, MEASURED, PROFILED, Stage, stages
 from benchmarks.stages.importable import clean_environment, make_importable
 from seqcore.journal import Journal
 
 # "partly": all went well as far as it went, and going on will do more.
-PASSED, PARTLY, FAILED, OVERRAN = "passed", "partly", "failed", "overran"
+PASSED, PARTLY, FAILED, OVERRAN, HUNG = "passed", "partly", "failed", "overran", "hung"
 # After the limit a stage is interrupted, so that it can still write what it has; after the grace it is killed.
 GRACE_SECONDS = 20
 TELL_SECONDS = 30
 KEPT_LINES = 40
-# A stage that crashes is begun again, as long as it gets further each time, if so many seconds are left.
+# A stage that crashes or hangs is begun again, as long as it gets further each time, if so many seconds are left.
 WORTH_SECONDS = 20
 # Of a command that judged and found fault. Any other is a crash, or a stop before the end.
 FAULT = 1
+# As a shell says of a command that was interrupted.
+INTERRUPTED = 130
 
 
 @dataclass
@@ -57,8 +62,9 @@ class Outcome:
 class Campaign:
     """Runs stages, remembers how they ended, and skips those that passed before."""
 
-    def __init__(self, out: Path, key: str, process_environment: dict[str, str]):
-        self.journal = Journal(out / "journal.jsonl", key, "stage")
+    def __init__(self, out: Path, key: str, process_environment: dict[str, str], lock: IO | None = None):
+        self.lock = lock
+        self.journal = Journal(out / JOURNAL, key, "stage")
         self.log = out / "campaign.log"
         self.process_environment = process_environment
 
@@ -69,7 +75,7 @@ class Campaign:
             print(f"{stage.name}: passed before, {before['date']}; --force runs it again", flush=True)
             return Outcome(**before)
         limit_s = min(stage.limit_s, seconds)
-        print(f"{stage.name}: {' '.join(stage.command)} (at most {limit_s:.0f} s)", flush=True)
+        print(f"{stage.name}: {' '.join(stage.command_within(limit_s))} (at most {limit_s:.0f} s)", flush=True)
         if stage.written is not None:
             stage.written.unlink(missing_ok=True)
         begin = time.monotonic()
@@ -93,41 +99,64 @@ class Campaign:
         return outcome
 
     def _execute(self, stage: Stage, limit_s: float) -> tuple[str, int | None, list[str]]:
-        """The stage's command, again after each crash that left more finished than there was before."""
+        """The stage's command, again after each crash or hang that left more finished than there was before."""
         end = time.monotonic() + limit_s
         while True:
             finished, begin = stage.finished(), time.monotonic()
             status, exit_status, lines = self._once(stage, end - begin)
-            crashed = status == FAILED and exit_status != FAULT
+            crashed = status == HUNG or (status == FAILED and exit_status != FAULT)
             if not crashed or stage.finished() <= finished or end - time.monotonic() < WORTH_SECONDS:
                 return status, exit_status, lines
-            print(f"{stage.name}: stopped with status {exit_status}, {stage.finished()} finished; going on", flush=True)
+            how = "hung" if status == HUNG else f"stopped with status {exit_status}"
+            print(f"{stage.name}: {how}, {stage.finished()} finished; going on", flush=True)
 
     def _once(self, stage: Stage, limit_s: float) -> tuple[str, int | None, list[str]]:
         with self.log.open("a+", encoding="utf-8", errors="replace") as log:
-            log.write(f"\n==> {stage.name}: {' '.join(stage.command)}\n")
+            command = stage.command_within(limit_s)
+            log.write(f"\n==> {stage.name}: {' '.join(command)}\n")
             log.flush()
             log.seek(0, os.SEEK_END)
             start = log.tell()
             # A process group of its own, so that the stage's children end with it and nothing else does.
             process = subprocess.Popen(
-                stage.command,
+                command,
                 cwd=ROOT,
                 env=self.process_environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                # The lock is theirs, too: a stage that outlives its campaign still writes the journal.
+                pass_fds=[] if self.lock is None else [self.lock.fileno()],
             )
-            status = wait_or_stop(process, limit_s, lambda: f"{stage.name}: {stage.finished()} finished")
+            status = wait_or_stop(process, limit_s, Watch(stage))
             log.seek(start)
             return status, process.returncode, log.read().splitlines()
 
 
-def wait_or_stop(process: subprocess.Popen, limit_s: float, tell=None, grace_s: float | None = None) -> str:
+class Watch:
+    """Tells how far a stage is, and whether it has finished nothing for longer than it may."""
+
+    def __init__(self, stage: Stage):
+        self.stage, self.finished, self.since = stage, stage.finished(), time.monotonic()
+
+    def __call__(self) -> bool:
+        finished = self.stage.finished()
+        if finished != self.finished:
+            self.finished, self.since = finished, time.monotonic()
+        idle = time.monotonic() - self.since
+        since = f", nothing for {idle:.0f} s" if idle > TELL_SECONDS else ""
+        print(f"{self.stage.name}: {finished} finished{since}", flush=True)
+        return idle < self.stage.patience_s
+
+
+def wait_or_stop(
+    process: subprocess.Popen, limit_s: float, watch: Callable[[], bool], grace_s: float | None = None
+) -> str:
     """How the process ended; past its limit it is interrupted, and past the grace killed with its whole group.
 
-    Meanwhile, every now and then, print what ``tell`` says. If this process is interrupted, so is the other.
+    So it is if ``watch``, asked every now and then, says that it goes on no more; a hung kernel leaves a process no
+    other end. If this process is interrupted, so is the other.
     """
     grace_s = GRACE_SECONDS if grace_s is None else grace_s
     end = time.monotonic() + limit_s
@@ -135,8 +164,8 @@ def wait_or_stop(process: subprocess.Popen, limit_s: float, tell=None, grace_s: 
         while (left := end - time.monotonic()) > 0:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return PASSED if process.wait(min(left, TELL_SECONDS)) == 0 else FAILED
-            if tell is not None and end > time.monotonic():
-                print(tell(), flush=True)
+            if end > time.monotonic() and not watch():
+                return HUNG
     finally:
         if process.poll() is None:
             stop(process, grace_s)
@@ -151,6 +180,16 @@ def stop(process: subprocess.Popen, grace_s: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def locked(journal: Path) -> IO:
+    """The journal, as long as it is open no other campaign's.
+
+    Raises BlockingIOError while a campaign, or what is left of one, has it.
+    """
+    file = journal.open("ab")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def draw_report(out: Path) -> None:
@@ -169,8 +208,15 @@ def print_table(outcomes: list[Outcome]) -> None:
     print(f"\n{'stage':<8} {'status':<8} {'seconds':>8}  result")
     for outcome in outcomes:
         print(f"{outcome.stage:<8} {outcome.status:<8} {outcome.seconds:>8.0f}  {outcome.summary}")
-        if outcome.status in (FAILED, OVERRAN):
+        if outcome.status in (FAILED, OVERRAN, HUNG):
             print("\n".join(f"         | {line}" for line in outcome.last_lines[-8:]))
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise ValueError(text)
+    return value
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -178,7 +224,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.campaign", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--stage", choices=["all", *names], nargs="+", default=["all"])
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all stages together")
+    parser.add_argument("--seconds", type=positive, default=float("inf"), help="for all stages together")
     parser.add_argument("--tiny", action="store_true", help="the same path on a CPU, at tiny sizes")
     parser.add_argument("--force", action="store_true", help="forget what these stages finished before")
     return parser.parse_args(arguments)
@@ -194,9 +240,24 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
 
-    end = time.monotonic() + options.seconds
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = locked(out / JOURNAL)
+    except BlockingIOError:
+        print(f"A campaign is at work in {out}, or a stage of one: wait for it, or end it first", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"--out cannot be written: {error}; name another folder", file=sys.stderr)
+        return 2
+    # Else the stage would go on without its campaign.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return run(options, out, lock)
+
+
+def run(options: argparse.Namespace, out: Path, lock: IO) -> int:
+    """Run the stages that were chosen, draw the report, and print the table; the exit status."""
+    end = time.monotonic() + options.seconds
     process_environment = clean_environment(options.tiny)
     make_importable(process_environment)
     run_key = key("cpu" if options.tiny else "cuda", *(["tiny"] if options.tiny else []))
@@ -204,15 +265,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.force:
         for stage in chosen:
             stage.forget()
-    campaign, outcomes = Campaign(out, run_key, process_environment), []
-    for stage in chosen:
-        left = end - time.monotonic()
-        if left < WORTH_SECONDS:
-            print(f"{stage.name}: not begun, the {options.seconds:g} s are spent", flush=True)
-            continue
-        outcomes.append(campaign.run(stage, left))
+    campaign, outcomes, interrupted = Campaign(out, run_key, process_environment, lock), [], False
+    try:
+        for stage in chosen:
+            left = end - time.monotonic()
+            if left < WORTH_SECONDS:
+                print(f"{stage.name}: not begun, the {options.seconds:g} s are spent", flush=True)
+                continue
+            outcomes.append(campaign.run(stage, left))
+    except KeyboardInterrupt:
+        interrupted = True
     draw_report(out)
     print_table(outcomes)
+    if interrupted:
+        print("interrupted; the same command goes on from here")
+        return INTERRUPTED
     good = all(outcome.status in (PASSED, PARTLY) for outcome in outcomes)
     return 0 if good else 1
 

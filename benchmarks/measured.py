@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from seqcore.journal import Journal
 
 ROW, SESSION = "benchmark", "benchmark session"
 OUT_OF_TIME = "out of time"
+ENDED = "the run ended before; --resume goes on from there"
 METER = pytest.StashKey[RoofMeter]()
 
 
@@ -42,8 +44,8 @@ def best(all_roofs: list[Roofs]) -> Roofs:
     )
 
 
-def write(journal_path: Path, key: str, data: Path, device: str) -> bool:
-    """Write into ``data`` all rows that the journal holds under ``key``; False if there are none."""
+def write(journal_path: Path, key: str, data: Path, device: str, left: Iterable[str] = ()) -> bool:
+    """Write all rows that the journal holds under ``key``, and what is ``left``; False if there is no row."""
     entries = Journal(journal_path, key, ROW).done
     measured = [entry for entry in entries.values() if entry["outcome"] == "passed"]
     if not measured:
@@ -65,6 +67,7 @@ def write(journal_path: Path, key: str, data: Path, device: str) -> bool:
         for name, entry in entries.items()
         if entry["outcome"] != "passed"
     ]
+    not_measured += [{"name": name.rpartition("::")[2], "outcome": "not begun", "reason": ENDED} for name in left]
     whole = {**header, "benchmarks": rows, "seqcore": {**header["seqcore"], "not_measured": not_measured}}
     fresh = data.with_name(f"{data.name}.new")
     fresh.write_text(json.dumps(whole, indent=1))

@@ -4,11 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from seqcore.journal import Journal
 
 # How torch begins to say that the GPU answers this process no more; whatever comes after would fail of it too.
 BROKEN = "CUDA error"
+
+
+def is_broken(reason: str) -> bool:
+    """Whether what failed for that reason left a GPU that answers no more; Triton says it in words of its own."""
+    if BROKEN in reason or not torch.cuda.is_initialized():
+        return BROKEN in reason
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 class Resume:
@@ -27,6 +39,7 @@ class Resume:
         more: Callable[[pytest.Item], dict[str, Any]] = lambda item: {},
     ):
         self.journal, self.finished, self.more = journal, finished, more
+        self.collected: list[str] = []
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -34,6 +47,12 @@ class Resume:
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
         last = self.journal.suspects | self.journal.done.keys()
         items[:] = sorted((item for item in items if item.nodeid not in done), key=lambda item: item.nodeid in last)
+        self.collected = [item.nodeid for item in items]
+
+    @property
+    def left(self) -> list[str]:
+        """What was to run and has not ended, since the run ended before."""
+        return [name for name in self.collected if name not in self.journal]
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self.journal.begin(item.nodeid)
@@ -44,7 +63,7 @@ class Resume:
         if report.when == "call" or report.outcome != "passed":
             entry = {"outcome": report.outcome, "reason": why(report, call)}
             self.journal.add(item.nodeid, entry | (self.more(item) if report.passed else {}))
-            if report.failed and BROKEN in entry["reason"]:
+            if report.failed and is_broken(entry["reason"]):
                 item.session.shouldstop = "the GPU answers this process no more"
         return report
 

@@ -26,7 +26,8 @@ class Journal:
             if "value" in entry:
                 self.done[entry["name"]] = entry["value"]
             self._begun.add(entry["name"])
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
+        written = path.read_bytes() if path.exists() else b""
+        if written and not written.endswith(b"\n"):
             # Whoever wrote was cut short; the next line must not continue that one.
             self._append("\n")
 

@@ -12,6 +12,7 @@ from .benchmark_modules import load
 
 pytest.importorskip("pytest_benchmark")
 layers, peers, recurrence_peers, shapes = (load(name) for name in ("layers", "peers", "recurrence_peers", "shapes"))
+where_supported = load("contest").where_supported
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="launches no kernel")
 
 OPS = pytest.mark.parametrize("op", shapes.RECURRENCES)
@@ -45,6 +46,23 @@ def test_a_loop_of_steps_is_the_layer(op):
     _, torchs, x, dy = torchs_layer(op)
     loop = functools.partial(recurrence_peers.step_loop, recurrence_peers.one_step)
     assert_same(replace(torchs, call=loop), torchs, x, dy)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_case_has_its_own_compiled_step():
+    # More than torch compiles of one function before it gives up.
+    compiled, cases = [], torch._dynamo.config.recompile_limit + 2
+
+    def compile_graph(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for units in range(1, cases + 1):
+        with where_supported(replace(shapes.TINY, device="cuda")):
+            step = torch.compile(recurrence_peers.one_step, dynamic=False, backend=compile_graph)
+            state = (torch.zeros(2, units),) * 2
+            step("lstm", torch.zeros(2, 4 * units), state, torch.zeros(4 * units, units), torch.zeros(4 * units))
+    assert len(compiled) == cases
 
 
 @OPS

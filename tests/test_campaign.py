@@ -78,6 +78,21 @@ def test_a_crash_that_gets_no_further_is_the_end(tmp_path):
     assert (outcome.status, outcome.exit_status) == ("failed", -signal.SIGABRT)
 
 
+HANGS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+
+
+@pytest.mark.parametrize("always, status", [(True, "hung"), (False, "passed")])
+def test_a_stage_that_hangs_is_begun_again_as_long_as_it_gets_further(tmp_path, monkeypatch, always, status):
+    for name, seconds in (("GRACE_SECONDS", 0.2), ("TELL_SECONDS", 0.5)):
+        monkeypatch.setattr(campaign, name, seconds)
+    stage, runs = fake_stage(tmp_path, f"if {always} or runs == 0: {HANGS}")
+    if always:
+        # And finishes nothing more from the second time on.
+        stage.command[2] = stage.command[2].replace("f.write", "runs < 1 and f.write")
+    assert new_campaign(tmp_path).run(replace(stage, patience_s=1.5)).status == status
+    assert runs() == (1 if always else 2)
+
+
 def test_a_stage_past_its_limit_is_stopped_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "GRACE_SECONDS", 0.5)
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
@@ -131,6 +146,7 @@ def test_every_suite_has_a_stage_and_every_stage_ends_within_nine_minutes(tmp_pa
         assert sum(f" {suite} " in f"{command} " and "benchmarks --suite" in command for command in commands) == 1
         assert any(stage.owns("benchmark", f"benchmarks/test_{suite}.py::test[case]") for stage in found)
     assert all(stage.limit_s + campaign.GRACE_SECONDS < 560 for stage in found)
+    assert all(campaign.TELL_SECONDS < stage.patience_s < stage.limit_s or stage.limit_s < 300 for stage in found)
 
 
 def test_linked_package_has_its_kernels(tmp_path, monkeypatch):
@@ -142,6 +158,14 @@ def test_linked_package_has_its_kernels(tmp_path, monkeypatch):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert found.stdout.startswith(str(folder))
+
+
+def test_a_checkout_that_is_not_installed_can_begin_a_campaign():
+    # Without what an editable installation adds to find its parts.
+    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in str(f)]\n"
+    code += f"sys.path.insert(0, {str(ROOT)!r}); import benchmarks.campaign, seqcore.kernels as k; print(k.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()).resolve() == ROOT / "kernels" / "__init__.py"
 
 
 def start(*arguments: str) -> subprocess.Popen:
@@ -195,27 +219,44 @@ def test_the_whole_campaign_tiny(tmp_path):
     assert again.count("passed before") == 7
 
 
-def test_a_killed_stage_loses_nothing_finished(tmp_path):
-    command = ("benchmarks.campaign", "--tiny", "--stage", "bench", "--out", str(tmp_path))
-    first = start(*command)
-    journal = tmp_path / "journal.jsonl"
+def begun(out: Path) -> tuple[tuple[str, ...], subprocess.Popen, list[int]]:
+    """A campaign that is measuring: its command, its process, and those of its stage."""
+    command = ("benchmarks.campaign", "--tiny", "--stage", "bench", "--out", str(out))
+    process, journal = start(*command), out / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not journal.exists() or journal.read_text().count('"row"') < 3:
-        assert first.poll() is None and time.monotonic() < deadline, first.stdout.read()
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.05)
-    stage_process = subprocess.run(
-        ["pgrep", "-P", str(first.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return command, process, [int(pid) for pid in found.stdout.split()]
+
+
+def test_a_killed_stage_loses_nothing_finished(tmp_path):
+    command, first, stage_processes = begun(tmp_path)
     first.kill()
-    for pid in stage_process:
-        os.kill(int(pid), signal.SIGKILL)
     first.communicate()
-    before = rows(journal)
+    again = start(*command)
+    printed, _ = again.communicate()
+    assert again.returncode == 2 and "a stage of one" in printed, "what outlives its campaign still writes"
+    for pid in stage_processes:
+        os.kill(pid, signal.SIGKILL)
+    while any(map(alive, stage_processes)):
+        time.sleep(0.05)
+    before = rows(tmp_path / "journal.jsonl")
     assert before and not (tmp_path / "bench.json").exists()
     run(*command)
     after = {entry["fullname"]: entry for entry in json.loads((tmp_path / "bench.json").read_text())["benchmarks"]}
     assert len(after) > len(before)
     assert all(after[name]["stats"] == row["stats"] for name, row in before.items()), "what was timed is timed again"
+
+
+def test_a_campaign_that_is_ended_ends_its_stage_and_says_so(tmp_path):
+    _, process, stage_processes = begun(tmp_path)
+    process.terminate()
+    printed, _ = process.communicate()
+    assert process.returncode == campaign.INTERRUPTED
+    assert "the same command goes on from here" in printed and "Traceback" not in printed
+    assert not any(map(alive, stage_processes))
 
 
 def rows(journal: Path) -> dict[str, dict]:

@@ -15,12 +15,12 @@ FORWARD = "recurrence_forward_kernel"
 GPU = "NVIDIA H200"
 
 
-def verify_file(folder, ok=True, complete=True, interpreter=False, multiprocessors=132, **hashes):
+def verify_file(folder, ok=True, left=(), interpreter=False, multiprocessors=132, **hashes):
     info = {"device": GPU, "multiprocessors": multiprocessors, "interpreter": interpreter}
     info["kernels"] = kernel_hashes() | hashes
     rows = [{"kernel": FORWARD, "dtype": "bfloat16", "ok": True}, {"kernel": FORWARD, "dtype": "float32", "ok": ok}]
     path = folder / "2026-01-02-abc-verify.json"
-    path.write_text(json.dumps({"info": info, "complete": complete, "rows": rows}))
+    path.write_text(json.dumps({"info": info, "left": left, "rows": rows}))
 
 
 def bench_file(path, **machine):
@@ -50,12 +50,14 @@ def test_a_run_with_todays_sources_verifies(tmp_path):
     verify_file(tmp_path)
     assert entry(tmp_path).verified == f"{GPU}, 2026-01-02 (bfloat16, float32)"
     assert entry(tmp_path, "recurrence_backward_kernel").verified is None
+    verify_file(tmp_path, left=["recurrence_backward_kernel"])
+    assert entry(tmp_path).verified
 
 
 @pytest.mark.parametrize(
     "spoiled",
     [
-        {"ok": False}, {"complete": False}, {"interpreter": True}, {"multiprocessors": None}, {"grid.py": "another"},
+        {"ok": False}, {"left": [FORWARD]}, {"interpreter": True}, {"multiprocessors": None}, {"grid.py": "another"},
         {"recurrence/forward.py": "another"},
     ],
     ids=str,

@@ -189,7 +189,7 @@ def test_a_loss_of_the_weights_alone(backend, kind, device):
 
 def largest_allocation(run) -> int:
     """Bytes of the largest allocation that torch made in ``run``, inside its operators, too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     return max(event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
 

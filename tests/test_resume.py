@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
 from seqcore.journal import Journal
 
-from .benchmark_modules import ROOT
+from .benchmark_modules import ROOT, load
 
 FILE = """
 import os
@@ -92,6 +93,17 @@ def test_only_what_did_not_pass_runs_again(run, tmp_path):
     assert run() == (pytest.ExitCode.NO_TESTS_COLLECTED, [])
 
 
+def test_what_is_left_is_known(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", "key", "test")
+    resume = load("resume").Resume(journal)
+    items = [types.SimpleNamespace(nodeid=name) for name in ("first", "second", "third")]
+    journal.add("first", {"outcome": "passed"})
+    config = types.SimpleNamespace(hook=types.SimpleNamespace(pytest_deselected=lambda items: None))
+    resume.pytest_collection_modifyitems(config, items)
+    journal.add("second", {"outcome": "failed"})
+    assert resume.left == ["third"]
+
+
 def test_what_began_and_never_ended_comes_last(run, tmp_path):
     assert run("hang") == (9, ["hangs"])
     assert run("hang") == (9, ["passes", "fails", "xfails", "breaks", "last", "hangs"])
@@ -103,3 +115,14 @@ def test_a_broken_gpu_ends_the_process(run):
     # What comes after would fail of it, too.
     assert run("break") == (pytest.ExitCode.INTERRUPTED, ["hangs", "passes", "fails", "xfails", "breaks"])
     assert run() == (0, ["last", "breaks"])
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_broken_gpu_is_known_whatever_is_said(monkeypatch, answers):
+    def synchronize():
+        if not answers:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", synchronize)
+    assert load("resume").is_broken("Triton Error [CUDA]: an illegal memory access was encountered") is not answers

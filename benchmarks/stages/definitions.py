@@ -12,6 +12,7 @@ from benchmarks.environment import key
 from benchmarks.shapes import SIZES
 from benchmarks.stages import run_tests
 from seqcore.journal import Journal, forget, lines
+from seqcore.testing.shares import cores
 from seqcore.tuning.problems import problems
 from seqcore.tuning.run import COMPARED_KIND, TUNED_KIND
 from seqcore.tuning.run import key as tuning_key
@@ -21,8 +22,11 @@ JOURNAL, VERIFIED, MEASURED, TUNED, PROFILED = (
 )  # fmt: skip
 # Under nine minutes each, as long as a lease of a GPU may last, with what it takes to begin and to end.
 LIMIT_SECONDS = 530
-# What a stage is told to spend, so that it ends by itself.
-SPEND_SECONDS = 480
+# What a stage that can end by itself is told to leave of its limit for that.
+END_SECONDS = 50
+# Without anything finished: no test and no verified case takes as long. Benchmarks are compiled first, tuning compiles
+# many candidates of each problem, and profiles wait for Proton.
+PATIENCE_SECONDS, BENCH_PATIENCE_SECONDS, LONG_PATIENCE_SECONDS = 120, 200, 300
 # A test file that launches nothing and a case that is quick interpreted, to try the path.
 TINY_TESTS, TINY_CASE = "tests/test_budget.py", "gru T=4 B=5 H=31 padded"
 
@@ -41,6 +45,14 @@ class Stage:
     journal: Path
     # Written by the command out of the journal; removed before it runs, so that what is found afterwards is its own.
     written: Path | None = None
+    # After so long without anything finished it is taken to hang.
+    patience_s: float = PATIENCE_SECONDS
+    # Whether the command takes ``--seconds``.
+    spends: bool = False
+
+    def command_within(self, limit_s: float) -> list[str]:
+        """The command, told how long it has."""
+        return [*self.command, "--seconds", f"{max(limit_s - END_SECONDS, 1):.0f}"] if self.spends else self.command
 
     def finished(self) -> int:
         """How many lines it has written about what it finished, in all attempts."""
@@ -68,9 +80,14 @@ def _python(*arguments: str | Path | float) -> list[str]:
     return [sys.executable, "-m", *map(str, arguments)]
 
 
+def _jobs(tiny: bool) -> int:
+    """Processes that compile at the same time what is not timed."""
+    return 2 if tiny else cores()
+
+
 def _tests(out: Path, run_key: str, tiny: bool) -> Stage:
     journal = out / JOURNAL
-    command = _python("benchmarks.stages.run_tests", "--journal", journal, "--key", run_key)
+    command = _python("benchmarks.stages.run_tests", "--journal", journal, "--key", run_key, "--jobs", _jobs(tiny))
 
     def summary() -> tuple[str, bool]:
         outcomes = Counter(entry["outcome"] for entry in Journal(journal, run_key, run_tests.KIND).done.values())
@@ -89,15 +106,16 @@ def _tests(out: Path, run_key: str, tiny: bool) -> Stage:
 
 def _verify(out: Path, tiny: bool) -> Stage:
     journal, rows_file = out / JOURNAL, out / VERIFIED
-    command = _python("seqcore", "verify", "--out", rows_file, "--journal", journal)
+    command = _python("seqcore", "verify", "--out", rows_file, "--journal", journal, "--jobs", _jobs(tiny))
 
     def summary() -> tuple[str, bool]:
         if not rows_file.exists():
             return "no results", True
         found = json.loads(rows_file.read_text())
         bad = sum(not row["ok"] for row in found["rows"])
-        left = not (found["complete"] or tiny)
-        return f"{len(found['rows'])} results, {bad} outside the budget or not repeatable", left
+        left = 0 if tiny else len(found["left"])
+        words = f"{len(found['rows'])} results, {bad} outside the budget or not repeatable"
+        return f"{words}; {left} kernels left for another run" if left else words, bool(left)
 
     return Stage(
         "verify",
@@ -113,9 +131,9 @@ def _verify(out: Path, tiny: bool) -> Stage:
 def _measure(name: str, suites: tuple[str, ...], limit_s: float, out: Path, tiny: bool) -> Stage:
     journal, data, sizes = out / JOURNAL, out / MEASURED, SIZES["tiny" if tiny else "gpu"]
     command = _python("benchmarks", "--suite", *suites, "--sizes", sizes.name, "--out", out, "--resume", "--no-report")
-    # A stage of one suite has a budget of its own.
-    if len(suites) > 1:
-        command += ["--seconds", str(min(SPEND_SECONDS, limit_s))]
+    # A suite by itself has a budget of its own.
+    several = len(suites) > 1
+    command += ["--jobs", str(_jobs(tiny))] if several else []
 
     def owns(kind: str, nodeid: str) -> bool:
         return kind == measured.ROW and any(f"test_{suite}.py" in nodeid for suite in suites)
@@ -131,12 +149,12 @@ def _measure(name: str, suites: tuple[str, ...], limit_s: float, out: Path, tiny
         words = f"{outcomes['passed']} rows, {outcomes['skipped']} skipped, {outcomes['failed']} failed"
         return f"{words}; {left} left for another run" if left else words, bool(left) or not own
 
-    return Stage(name, command, limit_s, summary, owns, journal)
+    return Stage(name, command, limit_s, summary, owns, journal, patience_s=BENCH_PATIENCE_SECONDS, spends=several)
 
 
 def _tune(out: Path, tiny: bool) -> Stage:
     journal, table = out / JOURNAL, out / TUNED
-    command = _python("seqcore", "tune", "--out", table, "--log", journal, "--seconds", SPEND_SECONDS)
+    command = _python("seqcore", "tune", "--out", table, "--log", journal)
 
     def summary() -> tuple[str, bool]:
         if not table.exists():
@@ -150,7 +168,7 @@ def _tune(out: Path, tiny: bool) -> Stage:
 
     return Stage(
         "tune", [*command, "--tiny"] if tiny else command, LIMIT_SECONDS, summary,
-        lambda kind, name: kind in (TUNED_KIND, COMPARED_KIND), journal, table,
+        lambda kind, name: kind in (TUNED_KIND, COMPARED_KIND), journal, table, LONG_PATIENCE_SECONDS, True,
     )  # fmt: skip
 
 
@@ -161,7 +179,6 @@ def _is_row(value: object) -> bool:
 def _profile(out: Path, run_key: str, tiny: bool) -> Stage:
     journal, profiled = out / JOURNAL, out / PROFILED
     command = _python("benchmarks.stages.run_profiles", "--out", profiled, "--journal", journal, "--key", run_key)
-    command += ["--seconds", str(SPEND_SECONDS)]
 
     def summary() -> tuple[str, bool]:
         if not profiled.exists():
@@ -172,5 +189,5 @@ def _profile(out: Path, run_key: str, tiny: bool) -> Stage:
 
     return Stage(
         "profile", [*command, "--tiny"] if tiny else command, LIMIT_SECONDS, summary,
-        lambda kind, name: kind == "profile", journal, profiled,
+        lambda kind, name: kind == "profile", journal, profiled, LONG_PATIENCE_SECONDS, True,
     )  # fmt: skip

@@ -40,7 +40,8 @@ def record(call: Call, problem: Problem, repeats: int, path: Path) -> None:
     """Write the Chrome trace of ``repeats`` calls, each in its range, to ``path``."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.profiler.profile(activities=activities) as profiler:
+    # Unless it keeps all events it warns that it forgets them after a cycle, though there is but one.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(repeats):
             with ranged(problem):
                 call()

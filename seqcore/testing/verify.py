@@ -14,6 +14,12 @@ from ..journal import Journal
 from .attention_cases import attentions
 from .budget import check_budget
 from .cases import Case, Results, recurrences
+from .shares import Share
+
+# In the place of a quantity.
+NO_RESULT = "no result"
+# Characters of an error message; Triton's hold the source.
+MOST_SAID = 2000
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Row:
     mean_allowed: float
     within_budget: bool
     repeatable: bool
+    # Why there is no result, if there is none.
+    error: str = ""
 
     @property
     def ok(self) -> bool:
@@ -41,26 +49,45 @@ def dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
 
-def verify(device: torch.device, only: str = "", journal: Journal | None = None) -> Iterator[Row]:
+def verify(
+    device: torch.device, only: str = "", journal: Journal | None = None, share: Share | None = None
+) -> Iterator[Row]:
     """Run every case in every dtype on ``device``, which is a GPU, or the CPU in a process that interprets kernels.
 
-    float32 means float32: torch's switches for TF32 are off meanwhile. ``only`` is for cases whose name contains it.
-    What stands in ``journal`` is taken from there; what was begun there and never finished comes last.
+    float32 means float32: torch's switches for TF32 are off meanwhile. ``only`` is for cases whose name contains it,
+    ``share`` for a part of all. What stands in ``journal`` is taken from there; what was begun there and never
+    finished comes last.
     """
     switches = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
             switch.fp32_precision = "ieee"
-        cases = (case for case in (*recurrences(device), *attentions(device)) if only in case.name)
-        problems = [(case, dtype) for case in cases for dtype in dtypes()]
+        problems = [problem for problem in _problems(device) if only in problem[0].name]
+        problems = problems if share is None else share.of(problems)
         if journal is not None:
             problems.sort(key=lambda problem: _name(*problem) in journal.suspects)
         for case, dtype in problems:
-            yield from _judge(case, dtype) if journal is None else _journalled(case, dtype, journal)
+            yield from _tried(case, dtype) if journal is None else _journalled(case, dtype, journal)
     finally:
         for switch, value in zip(switches, before, strict=True):
             switch.fp32_precision = value
+
+
+def _problems(device: torch.device) -> list[tuple[Case, torch.dtype]]:
+    return [(case, dtype) for case in (*recurrences(device), *attentions(device)) for dtype in dtypes()]
+
+
+def kernels_left(device: torch.device, rows: list[Row]) -> list[str]:
+    """The kernels of which some case is not among ``rows``: nothing is to be said of them yet."""
+    judged = {f"{row.case} {row.dtype}" for row in rows}
+    left = (case.kernels.values() for case, dtype in _problems(device) if _name(case, dtype) not in judged)
+    return sorted({kernel for several in left for names in several for kernel in names.split(", ")})
+
+
+def finished(journal: Journal) -> list[Row]:
+    """The rows of all that stands in ``journal``."""
+    return [Row(**row) for rows in journal.done.values() for row in rows]
 
 
 def _name(case: Case, dtype: torch.dtype) -> str:
@@ -72,8 +99,28 @@ def _journalled(case: Case, dtype: torch.dtype, journal: Journal) -> list[Row]:
     name = _name(case, dtype)
     if name not in journal:
         journal.begin(name)
-        journal.add(name, [asdict(row) for row in _judge(case, dtype)])
+        journal.add(name, [asdict(row) for row in _tried(case, dtype)])
     return [Row(**row) for row in journal.done[name]]
+
+
+def _tried(case: Case, dtype: torch.dtype) -> list[Row]:
+    """The problem's rows; of one that raises, a row for each of its kernels, since any of them may be at fault.
+
+    Raises:
+        RuntimeError: if the GPU answers no more, since whatever came after would fail of it too.
+        OSError: of the machine, of which no kernel can be at fault.
+    """
+    try:
+        return list(_judge(case, dtype))
+    except OSError:
+        raise
+    except Exception as error:
+        if next(iter(case.tensors.values())).is_cuda:
+            torch.cuda.synchronize()
+        errors = dict.fromkeys(("max_error", "max_allowed", "mean_error", "mean_allowed"), 0.0)
+        errors |= {"within_budget": False, "repeatable": False, "error": f"{type(error).__name__}: {error}"[:MOST_SAID]}
+        name = str(dtype).removeprefix("torch.")
+        return [Row(kernel, case.name, NO_RESULT, name, **errors) for kernel in dict.fromkeys(case.kernels.values())]
 
 
 def _judge(case: Case, dtype: torch.dtype) -> Iterator[Row]:
