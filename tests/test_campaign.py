@@ -235,6 +235,9 @@ def test_a_killed_stage_loses_nothing_finished(tmp_path):
     command, first, stage_processes = begun(tmp_path)
     first.kill()
     first.communicate()
+    for pid in stage_processes:
+        # Else it may have come to its end before all that follows.
+        os.kill(pid, signal.SIGSTOP)
     again = start(*command)
     printed, _ = again.communicate()
     assert again.returncode == 2 and "a stage of one" in printed, "what outlives its campaign still writes"
