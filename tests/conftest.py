@@ -5,9 +5,13 @@ TRITON_INTERPRET=1. All other tests run in the ordinary process; the interpreter
 """
 
 import os
+import platform
 from unittest import mock
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if platform.machine() in ("x86_64", "AMD64"):
+    # The interpreter multiplies by NumPy, whose OpenBLAS rounds by the CPU that it finds: the same on all of them.
+    os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 # No table of this machine's user may decide a test.
 os.environ["SEQCORE_CACHE"] = ""
 
