@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"--sizes={options.sizes}",
             f"--time-share={sizes.share_of(left, options.suite)}",
             "-Wdefault",
+            # Of a run that goes on and finds all of it measured.
+            "-Wignore:Not saving anything",
             "--benchmark-quiet",
             # Otherwise it does nothing beside the plugin that runs tests in several processes.
             "--benchmark-enable",

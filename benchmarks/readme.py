@@ -1,5 +1,6 @@
 """README's performance section, made from the results and from nothing else: ``python -m benchmarks.readme``."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,11 @@ def write(readme: Path = README, results: Path = RESULTS) -> None:
     readme.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__).parse_args(arguments)
     write()
-    sys.exit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
