@@ -25,7 +25,7 @@ SIGNATURE = (
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *problem) -> tuple[Tensor, Tensor, Tensor]:
-    if _has_kernels(q):
+    if has_kernels(q):
         return kernels.forward(q, k, v, *problem)
     result = reference.attention(q, k, v, **named(*problem))
     return result.out.contiguous(), result.lse.contiguous(), _rows(q)
@@ -35,7 +35,7 @@ def _backward(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor, rows: Tensor, wanted: list[bool], q, k, v, *problem
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, mask and sinks; an empty tensor in place of each that is not ``wanted``."""
-    if _has_kernels(q):
+    if has_kernels(q):
         found = kernels.backward(dout, dlse, out, rows, wanted, q, k, v, *problem)
     else:
         found = reference_backward(dout, dlse, q, k, v, out, **named(*problem))
@@ -44,7 +44,7 @@ def _backward(
 
 def _weights(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, *problem) -> Tensor:
     """The weights averaged over heads, [B, M, N] in the dtype of lse; ``rows`` as forward left them."""
-    if _has_kernels(q):
+    if has_kernels(q):
         return kernels.weights(rows, q, k, v, *problem)
     return reference.average_weights(q, k, **named(*problem))
 
@@ -64,13 +64,9 @@ def _wanted(found, wanted, q, k, v, mask, slopes, sinks, *problem) -> tuple[Tens
     )
 
 
-def _has_kernels(q: Tensor) -> bool:
-    return has_kernels(q)
-
-
 def _rows(q: Tensor) -> Tensor:
     """Room for what the kernels keep of each row; the reference's backward has whole rows at hand and keeps nothing."""
-    return torch.empty(2, *q.shape[:2], q.shape[2] if _has_kernels(q) else 0, dtype=torch.float32, device=q.device)
+    return torch.empty(2, *q.shape[:2], q.shape[2] if has_kernels(q) else 0, dtype=torch.float32, device=q.device)
 
 
 def _empty(like: Tensor | None, q: Tensor) -> Tensor:

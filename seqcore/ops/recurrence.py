@@ -29,10 +29,6 @@ BACKWARD_SCHEMA = (
 )
 
 
-def _on_kernels(x: Tensor) -> bool:
-    return has_kernels(x)
-
-
 def _layer(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset) -> Layer:
     rows = layout.of(x, h0, directions, batch_sizes, lengths, reset)
     grouped = group(weights, directions, bias)
@@ -47,7 +43,7 @@ def _steps(x: Tensor, h0: Tensor, batch_sizes: Tensor | None, lengths, reset) ->
 
 
 def _forward(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset, save_gates, save_cells):
-    if _on_kernels(x):
+    if has_kernels(x):
         layer = _layer(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset)
         run = sequence.step if sequence.is_step(layer) else sequence.forward
         y, h_n, c_n, kept = run(layer, save_gates, save_cells)
@@ -82,7 +78,7 @@ def _backward(
         None if dy is None else dy.flatten(0, -2), dh_n, dc_n, None if dcells is None else dcells.flatten(0, -2)
     )
     kept = Kept(saved, cells, hidden)
-    if _on_kernels(x):
+    if has_kernels(x):
         layer = _layer(cell, x, h0, c0, weights, directions, bias, batch_sizes, lengths, reset)
         dx, dh0, dc0, dweights = sequence.backward(layer, y, kept, gradients, grad_clip, need_dx)
     else:
