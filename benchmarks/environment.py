@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from seqcore.info import kernel_hashes
+from seqcore.info import kernel_hashes, nvidia_smi
 
 ROOT = Path(__file__).resolve().parent.parent
 # Kept busy by others, from which on times are not to be trusted.
@@ -75,19 +75,6 @@ def clocks(device: str) -> dict | None:
         return known or None
     found = [float(value) for value in _cpu_lines("cpu MHz")]
     return {"cpu_mhz": max(found)} if found else None
-
-
-def nvidia_smi(query: str) -> str | None:
-    """What nvidia-smi says about the first GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:
-        return None
-    lines = answer.stdout.splitlines()
-    return lines[0].strip() if answer.returncode == 0 and lines else None
 
 
 def cpu_name() -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from seqcore.profiling.problems import falling_lengths
+
 RECURRENCES = ("rnn", "gru", "lstm")
 OPS = (*RECURRENCES, "attention")
 PASSES = ("forward", "training")
@@ -67,7 +69,7 @@ class Case:
         """Of the sequences: T of each or, packed, evenly from T down to a quarter of it; ragged, the same in turns."""
         if not (self.packed or self.ragged):
             return [self.T] * self.B
-        falling = [self.T - b * 3 * self.T // (4 * max(self.B - 1, 1)) for b in range(self.B)]
+        falling = falling_lengths(self.T, self.B)
         return falling if self.packed else [*falling[1::2], *falling[::2]]
 
     @property

@@ -2,6 +2,8 @@
 
 import hashlib
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,19 @@ def kernel_hashes() -> dict[str, str]:
         for path in sorted(folder.rglob("*.py"))
         if path.name != "__init__.py"
     }
+
+
+def nvidia_smi(query: str, units: bool = False) -> str | None:
+    """What nvidia-smi says about the first GPU; None where it says nothing."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={query}", f"--format=csv,noheader{'' if units else ',nounits'}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    lines = answer.stdout.splitlines()
+    return lines[0].strip() if answer.returncode == 0 and lines else None
 
 
 def family_hash(family: str) -> str:

@@ -12,9 +12,10 @@ from seqcore.kernels import tuning
 from seqcore.kernels.recurrence import plan
 from seqcore.testing import aot
 from seqcore.testing.launches import compiled_for
+from seqcore.testing.precision import float32_products
 from seqcore.tuning import ahead, problems, search
 from seqcore.tuning.attention import Attention
-from seqcore.tuning.judge import Judge, float32_products
+from seqcore.tuning.judge import Judge
 from seqcore.tuning.race import Deadline, OutOfTime
 from seqcore.tuning.recurrence import Recurrence
 

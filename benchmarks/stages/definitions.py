@@ -12,6 +12,7 @@ from benchmarks.environment import key
 from benchmarks.shapes import SIZES
 from benchmarks.stages import run_tests
 from seqcore.journal import Journal, forget, lines
+from seqcore.kernels import tables
 from seqcore.testing.shares import cores
 from seqcore.tuning.problems import problems
 from seqcore.tuning.run import COMPARED_KIND, TUNED_KIND
@@ -160,8 +161,7 @@ def _tune(out: Path, tiny: bool) -> Stage:
         if not table.exists():
             return "no table", True
         found = json.loads(table.read_text())
-        rows = sum(len(rows) for rows in found.values() if isinstance(rows, list) and all(map(_is_row, rows)))
-        words = f"{rows} rows for {found['measured_on']['device']}"
+        words = f"{len(tables.rows(found))} rows for {found['measured_on']['device']}"
         done = Journal(journal, tuning_key(), TUNED_KIND).done
         left = 0 if tiny else sum(problem.name not in done for problem in problems())
         return f"{words}; {left} problems left for another run" if left else words, bool(left)
@@ -170,10 +170,6 @@ def _tune(out: Path, tiny: bool) -> Stage:
         "tune", [*command, "--tiny"] if tiny else command, LIMIT_SECONDS, summary,
         lambda kind, name: kind in (TUNED_KIND, COMPARED_KIND), journal, table, LONG_PATIENCE_SECONDS, True,
     )  # fmt: skip
-
-
-def _is_row(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _profile(out: Path, run_key: str, tiny: bool) -> Stage:

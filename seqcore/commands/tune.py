@@ -13,6 +13,7 @@ import torch
 from ..backends import INTERPRETED, describe
 from ..kernels import tables
 from ..kernels.tuning import TYPICAL, Device
+from ..testing.shares import cores
 from . import STOPPED
 
 HELP = "search the fastest tile sizes for this GPU and write a table of them, which the library reads"
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="end after so long; the next run goes on from there")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: the user's cache)")
     parser.add_argument("--log", type=Path, metavar="FILE", help="what is finished (default: beside the table)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes to compile in")
+    parser.add_argument("--jobs", type=int, default=cores(), help="processes to compile in")
     parser.add_argument("--force", action="store_true", help="begin anew: believe neither the log nor the user's table")
     parser.add_argument("--dry-run", action="store_true", help="only list and compile candidates; needs no GPU")
     parser.add_argument("--arch", choices=TYPICAL, help="of --dry-run: for this GPU")

@@ -19,6 +19,11 @@ DTYPES = ("float16", "bfloat16", "float32")
 Call = Callable[[], object]
 
 
+def falling_lengths(T: int, B: int) -> list[int]:
+    """Of B sequences: evenly from T down to a quarter of it."""
+    return [T - b * 3 * T // (4 * max(B - 1, 1)) for b in range(B)]
+
+
 class _Problem:
     """What both kinds share."""
 
@@ -95,8 +100,7 @@ class Recurrence(_Problem):
         )
         x = torch.randn(self.T, self.B, self.I, **options)
         if self.packed:
-            lengths = [self.T - b * 3 * self.T // (4 * max(self.B - 1, 1)) for b in range(self.B)]
-            x = pack_sequence([x[:length, b] for b, length in enumerate(lengths)])
+            x = pack_sequence([x[:length, b] for b, length in enumerate(falling_lengths(self.T, self.B))])
         inputs = [_data(x).requires_grad_(), *module.parameters()]
         return _one_pass(lambda: _data(module(x)[0]), inputs, self.pass_)
 

@@ -17,7 +17,6 @@ import importlib
 import io
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from .aot_attention import probes
 from .aot_catalogue import catalogue, covering
 from .aot_entry import SPILL_BUDGETS, TARGETS, Entry, Function, spill_budgets
 from .aot_usage import allocations_above_loop, resources
+from .shares import cores
 
 # Most shared memory, in bytes, that one program may use.
 SHARED_LIMIT = {target: shared_memory for target, (_, shared_memory) in TYPICAL.items()}
@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m seqcore.testing.aot", description=__doc__.partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="every configuration, not only a covering subset")
     parser.add_argument("--out", type=Path, default=Path("build/aot.json"), help="where the rows go, as JSON")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes to compile in")
+    parser.add_argument("--jobs", type=int, default=cores(), help="processes to compile in")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--record", action="store_true", help="raise the spill budgets to what is found")
     parser.add_argument("--target", choices=TARGETS, help="only this target")

@@ -14,6 +14,7 @@ from ..journal import Journal
 from .attention_cases import attentions
 from .budget import check_budget
 from .cases import Case, Results, recurrences
+from .precision import float32_products
 from .shares import Share
 
 # In the place of a quantity.
@@ -58,20 +59,13 @@ def verify(
     ``share`` for a part of all. What stands in ``journal`` is taken from there; what was begun there and never
     finished comes last.
     """
-    switches = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
+    with float32_products("ieee"):
         problems = [problem for problem in _problems(device) if only in problem[0].name]
         problems = problems if share is None else share.of(problems)
         if journal is not None:
             problems.sort(key=lambda problem: _name(*problem) in journal.suspects)
         for case, dtype in problems:
             yield from _tried(case, dtype) if journal is None else _journalled(case, dtype, journal)
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
 
 
 def _problems(device: torch.device) -> list[tuple[Case, torch.dtype]]:

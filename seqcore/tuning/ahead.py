@@ -14,7 +14,8 @@ from ..kernels.tuning import Device
 from ..testing import aot, verify
 from ..testing.aot_entry import Entry
 from ..testing.launches import compiled_for
-from .judge import float32_products, floats_as
+from ..testing.precision import float32_products
+from .judge import floats_as
 from .problem import Fields, Problem
 from .race import Deadline
 

@@ -1,28 +1,11 @@
 """Whether what a candidate computes may be timed at all: results first."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from ..testing import verify
 from ..testing.budget import check_budget
 from ..testing.cases import Results
 from .problem import Problem
-
-
-@contextlib.contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """torch's switches for float32 products of the library and of recurrences at ``precision``, "ieee" or "tf32"."""
-    switches = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = precision
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
 
 
 def floats_as(dtype: torch.dtype, tensors: Results) -> Results:

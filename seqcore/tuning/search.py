@@ -12,8 +12,9 @@ import torch
 
 from ..clock import percentile
 from ..kernels.tuning import Device
+from ..testing.precision import float32_products
 from . import ahead
-from .judge import Judge, float32_products
+from .judge import Judge
 from .problem import Fields, Problem
 from .race import Clock, Deadline, race
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +28,7 @@ def versions() -> dict[str, str | None]:
     on_gpu = torch.cuda.is_available() and not INTERPRETED
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "driver": _nvidia_smi("driver_version") if on_gpu else None,
+        "driver": info.nvidia_smi("driver_version") if on_gpu else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "seqcore": __version__,
@@ -40,15 +38,7 @@ def versions() -> dict[str, str | None]:
 def measured_on() -> dict[str, Any]:
     """The provenance of a whole run."""
     found = {**versions(), "kernels": info.kernel_hashes(), "date": time.strftime("%Y-%m-%d")}
-    return found | ({"clocks": _nvidia_smi("clocks.sm,clocks.mem")} if found["driver"] else {})
-
-
-def _nvidia_smi(query: str) -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout else None
+    return found | ({"clocks": info.nvidia_smi("clocks.sm,clocks.mem", units=True)} if found["driver"] else {})
 
 
 def make(
