@@ -27,6 +27,7 @@ def torchs_layer(op: str, **more):
 
 
 def assert_same(layer, other, x, dy):
+    """Two orders of the same float64 arithmetic, a few roundings apart: closer than torch's own tolerances ask for."""
     torch.testing.assert_close(layer.forward(x), other.forward(x), rtol=1e-12, atol=1e-12)
     found, expected = layer.gradients(x, dy), other.gradients(x, dy)
     assert found.keys() == expected.keys()
