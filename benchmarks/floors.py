@@ -25,10 +25,9 @@ import torch
 
 from benchmarks.shapes import Case
 from benchmarks.timing import Roofs, Timing
-from seqcore.backends import describe
 from seqcore.clock import Call, Stopwatch
-from seqcore.kernels.recurrence import plan as plans
 from seqcore.kernels.work import GATES, recurrent_flops
+from seqcore.profiling import split
 from seqcore.profiling.exchange import ROUNDS, Exchange, barrier_samples, exchange_of, exchange_samples
 
 NEEDS_A_GPU = "needs a GPU: programs that run at the same time and wait for each other"
@@ -114,10 +113,8 @@ def step_floors(case: Case, meter: FloorMeter) -> list[dict]:
 
 def plan_of(case: Case, backward: bool, device: torch.device):
     """How the library launches the case, and the shape it was asked for."""
-    itemsize = getattr(torch, case.dtype).itemsize
-    units = case.H // case.blocks
-    shape = plans.Shape(GATES[case.op], units, case.blocks, case.B, case.directions, itemsize, backward)
-    return plans.make(shape, describe(device)), shape
+    sizes = {"directions": case.directions, "blocks": case.blocks, "backward": backward}
+    return split.plan_of(case.op, case.H, case.B, case.dtype, device, **sizes)
 
 
 def _steps(case: Case, meter: FloorMeter, pass_: str) -> Steps:

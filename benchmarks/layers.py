@@ -11,7 +11,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import seqcore.nn
 from benchmarks.shapes import RECURRENCES, Case, Sizes
+from seqcore.profiling import problems
 from seqcore.testing.budget import assert_within_budget
+from seqcore.testing.cases import floats_as
 
 TORCH = "torch.nn"
 # torch.nn has no block-diagonal weights: its layer with the same, and zeros around them, takes their place.
@@ -19,7 +21,7 @@ DENSE = "torch.nn, dense"
 # Nor does it know lengths of a padded batch, or episodes: this is what its users write.
 PADDED, SEGMENTS = "torch.nn, packed and padded", "torch.nn, episode by episode"
 TORCHS = (TORCH, DENSE, PADDED, SEGMENTS)
-MODULES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "attention": "MultiheadAttention"}
+MODULES = {**problems.MODULES, "attention": "MultiheadAttention"}
 
 
 def make(provider: str, name: str, *arguments, **options) -> nn.Module:
@@ -115,8 +117,7 @@ class Layer:
         return replace(self, inputs={"batch_sizes": present.sum(1)}), (rows[present].to(x.device),)
 
     def in_float64(self) -> "Layer":
-        inputs = {name: t.double() if t.is_floating_point() else t for name, t in self.inputs.items()}
-        return replace(self, module=copy.deepcopy(self.module).double(), inputs=inputs)
+        return replace(self, module=copy.deepcopy(self.module).double(), inputs=floats_as(torch.float64, self.inputs))
 
 
 def spread(count: int, wanted: int) -> Tensor:

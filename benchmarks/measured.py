@@ -12,6 +12,7 @@ import pytest
 from benchmarks.environment import environment
 from benchmarks.rows import add_roofs
 from benchmarks.timing import RoofMeter, Roofs
+from seqcore.files import write_whole
 from seqcore.journal import Journal
 
 ROW, SESSION = "benchmark", "benchmark session"
@@ -69,9 +70,7 @@ def write(journal_path: Path, key: str, data: Path, device: str, left: Iterable[
     ]
     not_measured += [{"name": name.rpartition("::")[2], "outcome": "not begun", "reason": ENDED} for name in left]
     whole = {**header, "benchmarks": rows, "seqcore": {**header["seqcore"], "not_measured": not_measured}}
-    fresh = data.with_name(f"{data.name}.new")
-    fresh.write_text(json.dumps(whole, indent=1))
-    fresh.replace(data)
+    write_whole(data, json.dumps(whole, indent=1))
     return True
 
 

@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.environment import ROOT
-from benchmarks.layers import TORCHS
 from benchmarks.ledger import RESULTS, Run, kernels, ledger, runs
 from benchmarks.reporting.fits import geometric_mean
+from benchmarks.reporting.recurrence import torch_ratio
 from benchmarks.reporting.tables import table
 from benchmarks.rows import Results, Row
 from benchmarks.shapes import PASSES
@@ -42,31 +42,27 @@ def _of_gpu(run: Run) -> Iterator[str]:
         + (f"; since then {', '.join(changed)} changed" if changed else "")
         + f" ([all rows]({run.path.relative_to(ROOT).as_posix() if run.path.is_relative_to(ROOT) else run.path.name}))."
     )
-    if lines := [*_lines(results, "recurrence", TORCHS), *_lines(results, "attention", None)]:
+    lines = [*_lines(results, "recurrence", "torch.nn (cuDNN)", torch_ratio)]
+    lines += _lines(results, "attention", "the best peer", lambda row: row.info["ratio"])
+    if lines:
         header = ["what", "dtype", "pass", "against", "shapes", "geometric mean", "least", "most"]
         yield "How many times as fast (above 1, seqcore is faster):"
         yield table(header, lines)
 
 
-def _lines(results: Results, suite: str, peers: tuple[str, ...] | None) -> Iterator[list[str]]:
-    """A line for each operation, dtype and pass; against torch.nn, or against the best peer of all."""
+def _lines(
+    results: Results, suite: str, against: str, ratio: Callable[[Row], float | None]
+) -> Iterator[list[str]]:
+    """A line for each operation, dtype and pass; ``ratio`` is the time of who it is ``against`` over ours."""
     rows = results.select(suite=suite)
     groups = sorted({(row.op, row.info["dtype"], PASSES.index(row.info["pass"])) for row in rows})
     for op, dtype, pass_index in groups:
         pass_ = PASSES[pass_index]
         group = [row for row in rows if (row.op, row.info["dtype"], row.info["pass"]) == (op, dtype, pass_)]
-        ratios = [ratio for row in group if (ratio := _ratio(row, peers)) is not None]
+        ratios = [value for row in group if (value := ratio(row)) is not None]
         if ratios:
-            against = "torch.nn (cuDNN)" if peers else "the best peer"
             spread = (f"{value:.2f}" for value in (geometric_mean(ratios), min(ratios), max(ratios)))
             yield [op, dtype, pass_, against, f"{len(ratios)}", *spread]
-
-
-def _ratio(row: Row, peers: tuple[str, ...] | None) -> float | None:
-    if peers is None:
-        return row.info["ratio"]
-    times = [row.info["peers"][name] for name in peers if name in row.info["peers"]]
-    return times[0] / row.info["ms_p50"] if times else None
 
 
 def _split(text: str) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ from benchmarks.layers import TORCHS, Layer, blocks_of
 from benchmarks.peers import Absent, take_part
 from benchmarks.shapes import Case
 from seqcore.reference import cells
+from seqcore.testing.cases import dtype_name
 
 LOOP, COMPILED_LOOP = "Python loop of cells", "compiled loop"
 # Its kernels by what they are written in.
@@ -155,7 +156,6 @@ def flash(module: nn.Module, x: Tensor, operator: Callable, backend: str, blocks
     else:
         bias = from_x + from_h
     x_gates = nn.functional.linear(x, w_ih).view(T, B, -1, blocks, units).transpose(0, 1)
-    dtype = str(x.dtype).removeprefix("torch.")
     # Of all states [S, B, T, N, H/N] the first is h.
-    states = operator(x_gates, recurrent, bias, function=function, backend=backend, dtype=dtype)[0]
+    states = operator(x_gates, recurrent, bias, function=function, backend=backend, dtype=dtype_name(x.dtype))[0]
     return states[0].transpose(0, 1).flatten(2)

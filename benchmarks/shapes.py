@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from seqcore.profiling.problems import falling_lengths
+from seqcore.profiling.problems import MODULES, PASSES, falling_lengths
 
-RECURRENCES = ("rnn", "gru", "lstm")
+RECURRENCES = tuple(MODULES)
 OPS = (*RECURRENCES, "attention")
-PASSES = ("forward", "training")
 # The sweeps in the order they are measured, and the share of the suite's time at which each must end.
 SWEEP_ENDS = {"batch_sweep": 0.25, "tokens_fixed": 0.5, "batch_fixed": 1.0}
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 Call = Callable[[], object]
+# What a call takes, in milliseconds.
+Clock = Callable[[Call], float]
 LEAST_FLUSHED_BYTES = 2**28
 
 

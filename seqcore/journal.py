@@ -2,9 +2,11 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Journal:
@@ -38,6 +40,11 @@ class Journal:
     def suspects(self) -> set[str]:
         """What was begun and never finished: it may have hung or crashed, and is better left to the end."""
         return self._begun - self.done.keys()
+
+    def suspects_last(self, items: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
+        """The items, in their order but for those whose ``name`` is suspect."""
+        suspects = self.suspects
+        return sorted(items, key=lambda item: name(item) in suspects)
 
     def begin(self, name: str) -> None:
         """Note that ``name`` is about to run."""

@@ -11,7 +11,8 @@ from seqcore import functional
 from seqcore.autograd.attention import Settings
 from seqcore.testing.budget import assert_within_budget
 
-Results = dict[str, Tensor]
+from .comparisons import Results, cotangents
+
 OUTPUTS = ("out", "lse", "weights")
 INPUTS = ("query", "key", "value", "attn_mask")
 
@@ -28,12 +29,6 @@ def qkv(
 def seen(M: int, N: int, rule: Callable[[int, int], bool]) -> Tensor:
     """The bool mask [M, N] of the pairs for which ``rule(m, n)`` holds."""
     return torch.tensor([[rule(m, n) for n in range(N)] for m in range(M)], dtype=torch.bool).reshape(M, N)
-
-
-def cotangents(outputs: list[Tensor]) -> list[Tensor]:
-    """Random weights for ``outputs``: eighths, which every dtype holds exactly; the same in each call."""
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randint(-8, 9, out.shape, generator=generator) / 8).to(out) for out in outputs]
 
 
 def results(function: Callable, *inputs: Tensor, weigh: tuple[str, ...] = OUTPUTS, **options) -> Results:
@@ -146,20 +141,6 @@ def _log_sum_exp(query: Tensor, key: Tensor, mask: Tensor | None, scale: float |
         scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
     empty = (scores == float("-inf")).all(-1)
     return torch.where(empty, float("-inf"), torch.where(empty[..., None], 0, scores).logsumexp(-1))
-
-
-def assert_equal_in_float64(actual: Results, expected: Results) -> None:
-    """Two orders of the same float64 arithmetic, which nothing more exact could judge: torch's own tolerances."""
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
-
-
-def assert_within(actual: Results, exact: Results, eager: Results) -> None:
-    """Hold everything in ``actual`` to the error budget."""
-    assert actual.keys() == exact.keys() == eager.keys()
-    for name, value in actual.items():
-        assert_within_budget(value, exact[name], eager[name], name)
 
 
 def assert_like_torch(function: Callable, *inputs: Tensor, weigh: tuple[str, ...] = OUTPUTS, **options) -> Results:

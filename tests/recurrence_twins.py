@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqcore.nn
-from seqcore.testing.budget import assert_within_budget
+
+from .comparisons import Results, assert_within, cotangents
 
 # Each cell, by the torch.nn class and the options that select it; a projection takes half the width.
 CELLS = {
@@ -35,8 +36,6 @@ SINGLE = {
     "gru": (nn.GRUCell, {}),
     "lstm": (nn.LSTMCell, {}),
 }
-
-Results = dict[str, Tensor]
 
 
 def torch_module(cell: str, inputs: int = 4, hidden: int = 3, **options) -> nn.RNNBase:
@@ -117,12 +116,6 @@ def tensors(value) -> list[Tensor]:
     return found
 
 
-def cotangents(outputs: list[Tensor]) -> list[Tensor]:
-    """Random weights for ``outputs``: eighths, which every dtype holds exactly; the same in each call."""
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randint(-8, 9, out.shape, generator=generator) / 8).to(out) for out in outputs]
-
-
 def results(module: nn.Module, x, hx=None, **keywords) -> Results:
     """Every output of ``module`` and every gradient of a fixed weighing of them, by name; 0 where there is none."""
     x, hx = (mapped(lambda t: t.detach().requires_grad_(), value) for value in (x, hx))
@@ -135,13 +128,6 @@ def results(module: nn.Module, x, hx=None, **keywords) -> Results:
     return dict(zip(names, outputs, strict=False)) | {
         f"gradient of {name}": gradient for name, gradient in zip((*states, *parameters), found, strict=True)
     }
-
-
-def assert_within(actual: Results, exact: Results, eager: Results) -> None:
-    """Hold everything in ``actual`` to the error budget."""
-    assert actual.keys() == exact.keys() == eager.keys()
-    for name, value in actual.items():
-        assert_within_budget(value, exact[name], eager[name], name)
 
 
 def yardsticks(twin: nn.Module, x, hx=None, **keywords) -> tuple[Results, Results]:
@@ -160,10 +146,3 @@ def differing(actual: Results, expected: Results) -> list[str]:
     """The names of what is not bitwise equal."""
     assert actual.keys() == expected.keys()
     return [name for name in actual if not torch.equal(actual[name], expected[name])]
-
-
-def assert_equal_in_float64(actual: Results, expected: Results) -> None:
-    """Two orders of the same float64 arithmetic, which nothing more exact could judge: torch's own tolerances."""
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")

@@ -1,6 +1,5 @@
 """What is compiled before the benchmarks is what they launch, and several processes share their tests."""
 
-import os
 import sys
 
 import pytest
@@ -9,11 +8,10 @@ from seqcore.journal import Journal
 from seqcore.kernels.tuning import Device
 from seqcore.testing.launches import compiled_for
 
-from .benchmark_modules import load
+from .benchmark_modules import load, needs_pytest_benchmark, not_interpreted
 
-pytest.importorskip("pytest_benchmark")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels are compiled here", allow_module_level=True)
+needs_pytest_benchmark()
+not_interpreted("kernels are compiled here")
 
 ahead, shapes, cases = load("ahead"), load("shapes"), load("attention_cases")
 GPU = shapes.SIZES["gpu"]

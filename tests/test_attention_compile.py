@@ -7,7 +7,8 @@ from torch import nn
 import seqcore
 from seqcore import functional
 
-from .attention_twins import assert_equal_in_float64, ends, qkv, results
+from .attention_twins import ends, qkv, results
+from .comparisons import assert_equal_in_float64
 
 # Dynamo makes an instance of an autograd Function for itself, of which torch's own eager mode warns.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

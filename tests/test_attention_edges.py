@@ -9,7 +9,8 @@ from seqcore.kernels.tuning import Device
 from seqcore.ops import attention as ops
 from seqcore.ops.attention_arguments import Arguments
 
-from .attention_twins import assert_equal_in_float64, qkv
+from .attention_twins import qkv
+from .comparisons import assert_equal_in_float64
 
 DOUBLE = {"dtype": torch.float64}
 

@@ -10,7 +10,6 @@ from seqcore.ops.attention_arguments import Arguments
 from .attention_twins import (
     FEATURES,
     assert_like_reference,
-    assert_within,
     beside,
     doubled,
     ends,
@@ -20,6 +19,7 @@ from .attention_twins import (
     reference,
     results,
 )
+from .comparisons import assert_within
 
 pytestmark = pytest.mark.kernels
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from seqcore import functional
 from seqcore.testing.budget import assert_within_budget
 
-from .attention_twins import assert_like_torch, assert_within, doubled, kernels, operands, qkv, reference, results
+from .attention_twins import assert_like_torch, doubled, kernels, operands, qkv, reference, results
+from .comparisons import assert_within
 
 pytestmark = pytest.mark.kernels
 

@@ -7,17 +7,8 @@ from seqcore.autograd.attention import AttentionFunction, AverageWeightsFunction
 from seqcore.ops import attention as ops
 from seqcore.reference.attention import attention as reference
 
-from .attention_twins import (
-    FEATURES,
-    assert_equal_in_float64,
-    cotangents,
-    ends,
-    features,
-    operands,
-    qkv,
-    results,
-    torch_attention,
-)
+from .attention_twins import FEATURES, ends, features, operands, qkv, results, torch_attention
+from .comparisons import assert_equal_in_float64, cotangents
 
 DOUBLE = {"dtype": torch.float64}
 B, H, H_KV, M, N, D, DV = 2, 4, 2, 3, 5, 2, 3

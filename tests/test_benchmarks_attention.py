@@ -1,8 +1,6 @@
 """The attention suite: its cases and their work, its peers, the check before a time counts, and its verdicts."""
 
 import json
-import os
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -14,10 +12,10 @@ from torch.utils import flop_counter
 
 from seqcore.kernels import work as speed_of_light
 
-from .attention_twins import assert_equal_in_float64
-from .benchmark_modules import ROOT, load
+from .benchmark_modules import load, needs_pytest_benchmark, run_python
+from .comparisons import assert_equal_in_float64
 
-pytest.importorskip("pytest_benchmark")
+needs_pytest_benchmark()
 report, rows, shapes, timing = (load(name) for name in ("report", "rows", "shapes", "timing"))
 cases, data, peers = (load(f"attention_{name}") for name in ("cases", "data", "peers"))
 said = load("reporting.attention")
@@ -296,11 +294,7 @@ def test_without_peers_there_is_no_ratio():
 
 
 def test_tiny_suite(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--suite", "attention", "--sizes", "tiny", "--no-plots"]
-    command += ["--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python("-m", "benchmarks", "--suite", "attention", "--sizes", "tiny", "--no-plots", "--out", str(tmp_path))
     found = json.loads((tmp_path / "bench.json").read_text())
     assert not found["seqcore"]["not_measured"] and len(found["benchmarks"]) == len(TINY)
     for entry in found["benchmarks"]:

@@ -1,18 +1,14 @@
 """Two runs side by side: what is slower is flagged, what only the machine did is not."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from .benchmark_modules import ROOT, load
+from .benchmark_modules import load, needs_pytest_benchmark, not_interpreted, run_python
 
-pytest.importorskip("pytest_benchmark")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("no kernel is run here: an interpreted process has nothing to add", allow_module_level=True)
+needs_pytest_benchmark()
+not_interpreted()
 
 compare = load("compare")
 MACHINE = {"gpu": "some GPU", "cpu": "a CPU", "torch": "2.13.0", "triton": "3.7.1", "driver": "1", "commit": "a"}
@@ -133,13 +129,9 @@ sys.exit(__main__.main(sys.argv[1:]))
 
 
 def test_a_deliberately_slower_commit_is_flagged(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     files = [tmp_path / name / "bench.json" for name in ("before", "after")]
     for code, file in zip((["-m", "benchmarks"], ["-c", SLOWED]), files, strict=True):
-        command = [sys.executable, *code, "--suite", "recurrence", "--sizes", "tiny", "--no-plots"]
-        command += ["--out", str(file.parent)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_python(*code, "--suite", "recurrence", "--sizes", "tiny", "--no-plots", "--out", str(file.parent))
     out = tmp_path / "changes.md"
     # Twice as long, at least: what other programs do to such short times is less.
     assert compare.main([*map(str, files), "--threshold", "100%", "--out", str(out)]) == 1

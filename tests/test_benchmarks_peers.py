@@ -8,9 +8,9 @@ import torch
 
 from seqcore.backends import INTERPRETED
 
-from .benchmark_modules import load
+from .benchmark_modules import load, needs_pytest_benchmark
 
-pytest.importorskip("pytest_benchmark")
+needs_pytest_benchmark()
 layers, peers, recurrence_peers, shapes = (load(name) for name in ("layers", "peers", "recurrence_peers", "shapes"))
 where_supported = load("contest").where_supported
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="launches no kernel")

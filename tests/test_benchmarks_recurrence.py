@@ -11,19 +11,26 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqcore import cells as cells_of_seqcore
-from seqcore.backends import INTERPRETED
+from seqcore.backends import INTERPRETED, pretending
 from seqcore.kernels import work as speed_of_light
 from seqcore.kernels.recurrence.cells import lstm_step
 from seqcore.kernels.tuning import Device
 from seqcore.profiling.exchange import run_barrier
 
-from .benchmark_modules import load
+from .benchmark_modules import load, needs_pytest_benchmark
 
-pytest.importorskip("pytest_benchmark")
+needs_pytest_benchmark()
 floors, layers, shapes, timing = (load(name) for name in ("floors", "layers", "shapes", "timing"))
 cases, report, rows = (load(name) for name in ("recurrence_cases", "reporting.recurrence", "rows"))
 
 H200 = Device("sm_90", multiprocessors=132, shared_memory=232448, registers=65536)
+on_an_h200 = pytest.mark.usefixtures("_h200")
+
+
+@pytest.fixture
+def _h200():
+    with pretending(H200):
+        yield
 
 
 @pytest.mark.kernels
@@ -106,8 +113,8 @@ def test_a_wrong_kernel_is_refused_a_time(device, monkeypatch):
     assert not raced
 
 
-def test_exchange_follows_the_plan(monkeypatch):
-    monkeypatch.setattr(floors, "describe", lambda device: H200)
+@on_an_h200
+def test_exchange_follows_the_plan():
     case = shapes.Case("lstm", "training", "grid", T=512, B=3, H=768, heads=0, dtype="bfloat16")
     forward, backward = (floors.plan_of(case, back, torch.device("cuda")) for back in (False, True))
     assert (forward[1].gates, forward[1].units, forward[1].itemsize) == (4, 768, 2)
@@ -131,8 +138,8 @@ class Meter:
         return timing.Timing(1e-3, 1e-3, 1e-3)
 
 
-def test_weights_are_read_on_chip_or_streamed(monkeypatch):
-    monkeypatch.setattr(floors, "describe", lambda device: H200)
+@on_an_h200
+def test_weights_are_read_on_chip_or_streamed():
     case = shapes.Case("lstm", "forward", "grid", T=512, B=16, H=768, heads=0, dtype="bfloat16")
     plan, shape = floors.plan_of(case, False, torch.device("cuda"))
     slice_bytes = 4 * plan.units * 768 * 2
@@ -146,9 +153,9 @@ def test_weights_are_read_on_chip_or_streamed(monkeypatch):
     )
 
 
+@on_an_h200
 @pytest.mark.parametrize("pass_", shapes.PASSES)
-def test_floor_of_a_layer_is_the_sum_of_its_parts(monkeypatch, pass_):
-    monkeypatch.setattr(floors, "describe", lambda device: H200)
+def test_floor_of_a_layer_is_the_sum_of_its_parts(pass_):
     T, B, H = 512, 16, 768
     case = shapes.Case("lstm", pass_, "grid", T=T, B=B, H=H, heads=0, dtype="bfloat16")
     work = speed_of_light.work("lstm", pass_, case.shape, 2)

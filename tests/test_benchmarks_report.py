@@ -1,7 +1,7 @@
 """The report as a page: what it says first, its tables of several peers, its plots, and that it stands alone."""
 
+import importlib.util
 import json
-import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from .benchmark_modules import load
+from .benchmark_modules import load, needs_pytest_benchmark, not_interpreted
 
-pytest.importorskip("pytest_benchmark")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("no kernel is run here: an interpreted process has nothing to add", allow_module_level=True)
+needs_pytest_benchmark()
+not_interpreted()
 
 report, rows, shapes, timing = map(load, ("report", "rows", "shapes", "timing"))
 page, short = load("reporting.page"), load("reporting.short")
 recurrence_report = load("reporting.recurrence")
+draws = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 work = load("contest").work
 
 ROOFS = timing.Roofs(800.0, 4000.0, "bfloat16")
@@ -152,8 +152,8 @@ def write(path: Path, results: "rows.Results") -> Path:
     return path
 
 
+@draws
 def test_page_stands_alone_with_every_plot(tmp_path):
-    pytest.importorskip("matplotlib")
     source, profile = write(tmp_path / "bench.json", whole()), tmp_path / "profile.json"
     profile.write_text(json.dumps({"profiles": [PROFILE]}))
     _, written = report.write_report([source], tmp_path / "a", profile=profile)
@@ -185,8 +185,8 @@ def test_profiles_of_another_commit_are_left_out(tmp_path):
         assert len(read(path, MACHINE)) == count
 
 
+@draws
 def test_parts_that_overlap_stand_on_the_other_side(tmp_path):
-    pytest.importorskip("matplotlib")
     (tmp_path / "profile.json").write_text(json.dumps({"profiles": [PROFILE]}))
     profiles = load("reporting.profiles").load(tmp_path / "profile.json", MACHINE)
     drawing = load("reporting.plot_steps").split_of_a_step(whole(), profiles)
@@ -205,16 +205,16 @@ def test_a_file_that_holds_no_rows_is_named(tmp_path, capsys, text, why):
     assert f"{path} " in said and why in said
 
 
+@draws
 @pytest.mark.parametrize("pass_", shapes.PASSES)
 def test_one_pass_alone_is_drawn(tmp_path, pass_):
-    pytest.importorskip("matplotlib")
     results = rows.Results([row for row in whole().rows if row.info["pass"] == pass_], MACHINE, [], "today")
     _, written = report.write_report([write(tmp_path / "bench.json", results)], tmp_path)
     assert sum(path.suffix == ".png" for path in written) == 7
 
 
+@draws
 def test_a_length_of_one_pass_alone_has_a_tick():
-    pytest.importorskip("matplotlib")
     found = [row for row in bottleneck() if (row.T, row.info["pass"]) != (8192, "training")]
     drawing = load("reporting.plot_lines").time_over_length(rows.Results(found, MACHINE, [], ""))
     for ax in drawing.figure.axes:
@@ -222,8 +222,8 @@ def test_a_length_of_one_pass_alone_has_a_tick():
     load("reporting.plots").plt.close(drawing.figure)
 
 
+@draws
 def test_the_same_rows_draw_the_same_page(tmp_path):
-    pytest.importorskip("matplotlib")
     source = write(tmp_path / "bench.json", rows.Results(attention(), MACHINE, [], "today"))
     pages = [report.write_report([source], tmp_path / name)[1][0].read_text() for name in ("a", "b")]
     assert pages[0] == pages[1] and pages[0].count("<svg") == 2

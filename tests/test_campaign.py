@@ -15,11 +15,10 @@ import torch
 
 from seqcore.journal import Journal
 
-from .benchmark_modules import ROOT, load
+from .benchmark_modules import ROOT, load, needs_pytest_benchmark, not_interpreted, run_python, start_python
 
-pytest.importorskip("pytest_benchmark")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("no kernel is run here: an interpreted process has nothing to add", allow_module_level=True)
+needs_pytest_benchmark()
+not_interpreted()
 
 campaign, importable, stages = load("campaign"), load("stages.importable"), load("stages.definitions")
 
@@ -168,22 +167,6 @@ def test_a_checkout_that_is_not_installed_can_begin_a_campaign():
     assert Path(found.stdout.strip()).resolve() == ROOT / "kernels" / "__init__.py"
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    # One thread: beside other tests, threads that wait for each other take a hundred times as long.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def run(*arguments: str) -> str:
-    process = start(*arguments)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
-    return printed
-
-
 class Page(html.parser.HTMLParser):
     """What a browser would fetch, and how many pictures it would draw."""
 
@@ -200,7 +183,7 @@ class Page(html.parser.HTMLParser):
 
 def test_the_whole_campaign_tiny(tmp_path):
     out = tmp_path / "campaign"
-    printed = run("benchmarks.campaign", "--tiny", "--out", str(out))
+    printed = run_python("-m", "benchmarks.campaign", "--tiny", "--out", str(out))
     table = printed.rpartition("result\n")[2]
     assert [line.split()[:2] for line in table.splitlines()] == [
         [name, "passed"] for name in ("tests", "verify", "floors", "bench", "tune", "profile", "models")
@@ -215,14 +198,14 @@ def test_the_whole_campaign_tiny(tmp_path):
     assert suites == {"recurrence", "attention", "bottleneck", "models"}
     page = Page((out / "report.html").read_text())
     assert page.pictures >= 6 and not page.fetched
-    again = run("benchmarks.campaign", "--tiny", "--out", str(out))
+    again = run_python("-m", "benchmarks.campaign", "--tiny", "--out", str(out))
     assert again.count("passed before") == 7
 
 
 def begun(out: Path) -> tuple[tuple[str, ...], subprocess.Popen, list[int]]:
     """A campaign that is measuring: its command, its process, and those of its stage."""
-    command = ("benchmarks.campaign", "--tiny", "--stage", "bench", "--out", str(out))
-    process, journal = start(*command), out / "journal.jsonl"
+    command = ("-m", "benchmarks.campaign", "--tiny", "--stage", "bench", "--out", str(out))
+    process, journal = start_python(*command), out / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not journal.exists() or journal.read_text().count('"row"') < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
@@ -238,7 +221,7 @@ def test_a_killed_stage_loses_nothing_finished(tmp_path):
     for pid in stage_processes:
         # Else it may have come to its end before all that follows.
         os.kill(pid, signal.SIGSTOP)
-    again = start(*command)
+    again = start_python(*command)
     printed, _ = again.communicate()
     assert again.returncode == 2 and "a stage of one" in printed, "what outlives its campaign still writes"
     for pid in stage_processes:
@@ -247,7 +230,7 @@ def test_a_killed_stage_loses_nothing_finished(tmp_path):
         time.sleep(0.05)
     before = rows(tmp_path / "journal.jsonl")
     assert before and not (tmp_path / "bench.json").exists()
-    run(*command)
+    run_python(*command)
     after = {entry["fullname"]: entry for entry in json.loads((tmp_path / "bench.json").read_text())["benchmarks"]}
     assert len(after) > len(before)
     assert all(after[name]["stats"] == row["stats"] for name, row in before.items()), "what was timed is timed again"

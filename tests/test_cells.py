@@ -11,7 +11,8 @@ from seqcore import Cell, InvalidInput, functional
 from seqcore.cells import BUILT_IN, find
 from seqcore.kernels.activations import sigmoid, tanh
 
-from .recurrence_twins import assert_equal_in_float64, assert_within, cotangents, mapped, masks, packed, tensors
+from .comparisons import assert_equal_in_float64, assert_within, cotangents
+from .recurrence_twins import mapped, masks, packed, tensors
 
 # --- two cells: one saves fewer tiles than it has gates, one saves more ---------------------------------------------
 

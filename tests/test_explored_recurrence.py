@@ -16,8 +16,9 @@ from seqcore.kernels.recurrence import forward as forward_kernels
 from seqcore.kernels.recurrence import plan
 from seqcore.testing.explorer import Deadlock, explore
 
+from .comparisons import assert_within, cotangents
 from .mutants import mutant
-from .recurrence_twins import assert_within, cotangents, differing, masks, ours, packed, problem, results, yardsticks
+from .recurrence_twins import differing, masks, ours, packed, problem, results, yardsticks
 
 pytestmark = [
     pytest.mark.kernels,

@@ -6,9 +6,9 @@ import pytest
 
 from seqcore.info import kernel_hashes
 
-from .benchmark_modules import ROOT, load
+from .benchmark_modules import ROOT, load, needs_pytest_benchmark
 
-pytest.importorskip("pytest_benchmark")
+needs_pytest_benchmark()
 ledger, readme = load("ledger"), load("readme")
 
 FORWARD = "recurrence_forward_kernel"

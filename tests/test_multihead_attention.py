@@ -10,7 +10,7 @@ from torch import nn
 import seqcore
 from seqcore.testing.budget import assert_within_budget
 
-from .attention_twins import assert_within
+from .comparisons import assert_within
 from .transformer_twins import (
     HEADS,
     B,

@@ -13,7 +13,8 @@ from seqcore import InvalidInput, UnsupportedInput
 from seqcore.nn import MultiheadAttention, RotaryPositions
 from seqcore.testing.budget import assert_within_budget
 
-from .attention_twins import assert_equal_in_float64, operands, qkv
+from .attention_twins import operands, qkv
+from .comparisons import assert_equal_in_float64
 from .transformer_twins import (
     HEADS,
     B,

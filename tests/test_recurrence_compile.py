@@ -10,17 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import seqcore
 from seqcore import functional, use_backend
 
-from .recurrence_twins import (
-    SINGLE,
-    assert_alike,
-    assert_equal_in_float64,
-    mapped,
-    ours,
-    packed,
-    problem,
-    results,
-    tensors,
-)
+from .comparisons import assert_equal_in_float64
+from .recurrence_twins import SINGLE, assert_alike, mapped, ours, packed, problem, results, tensors
 
 MODULES = {
     "rnn_tanh": {},

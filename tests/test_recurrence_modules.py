@@ -13,12 +13,12 @@ from torch.nn.utils import parametrizations
 import seqcore
 from seqcore import use_backend
 
+from .comparisons import assert_equal_in_float64
 from .recurrence_twins import (
     CELLS,
     FLAGS,
     SINGLE,
     assert_alike,
-    assert_equal_in_float64,
     mapped,
     ours,
     packed,

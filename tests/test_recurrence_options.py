@@ -8,10 +8,9 @@ from seqcore.autograd.recurrence import RecurrenceFunction, Settings
 from seqcore.backends import INTERPRETED
 from seqcore.kernels.recurrence import plan
 
+from .comparisons import assert_within, cotangents
 from .recurrence_twins import (
     assert_alike,
-    assert_within,
-    cotangents,
     differing,
     mapped,
     masks,

@@ -6,7 +6,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from seqcore.reference.attention import attention, dense_grid
 
-from .attention_twins import assert_equal_in_float64, cotangents, ends, qkv, results, seen, torch_attention
+from .attention_twins import ends, qkv, results, seen, torch_attention
+from .comparisons import assert_equal_in_float64, cotangents
 
 DOUBLE = {"dtype": torch.float64}
 B, H, M, N = 3, 4, 5, 7

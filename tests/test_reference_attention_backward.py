@@ -6,7 +6,8 @@ import torch
 from seqcore.reference.attention import attention, average_weights
 from seqcore.reference.attention_backward import average_weights_backward, backward
 
-from .attention_twins import FEATURES, assert_equal_in_float64, cotangents, ends, features, qkv, results
+from .attention_twins import FEATURES, ends, features, qkv, results
+from .comparisons import assert_equal_in_float64, cotangents
 
 DOUBLE = {"dtype": torch.float64}
 B, H, M, N = 3, 4, 5, 7

@@ -7,18 +7,8 @@ from seqcore import cells, functional
 from seqcore.reference import bptt, recurrence
 from seqcore.reference.recurrence import Weights
 
-from .recurrence_twins import (
-    CELLS,
-    FLAGS,
-    assert_equal_in_float64,
-    cotangents,
-    initial_state,
-    ours,
-    packed,
-    results,
-    tensors,
-    torch_module,
-)
+from .comparisons import assert_equal_in_float64, cotangents
+from .recurrence_twins import CELLS, FLAGS, initial_state, ours, packed, results, tensors, torch_module
 
 DOUBLE = {"dtype": torch.float64}
 T, B, I, H = 7, 5, 4, 3

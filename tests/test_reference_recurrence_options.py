@@ -8,18 +8,8 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 import seqcore
 from seqcore import InvalidInput, functional
 
-from .recurrence_twins import (
-    CELLS,
-    assert_equal_in_float64,
-    cotangents,
-    initial_state,
-    masks,
-    ours,
-    packed,
-    results,
-    tensors,
-    torch_module,
-)
+from .comparisons import assert_equal_in_float64, cotangents
+from .recurrence_twins import CELLS, initial_state, masks, ours, packed, results, tensors, torch_module
 
 DOUBLE = {"dtype": torch.float64}
 T, B, I, H = 4, 5, 3, 6

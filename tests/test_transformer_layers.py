@@ -10,7 +10,8 @@ import seqcore
 from seqcore import functional
 from seqcore.testing.budget import assert_within_budget
 
-from .attention_twins import assert_equal_in_float64, assert_within, doubled
+from .attention_twins import doubled
+from .comparisons import assert_equal_in_float64, assert_within
 from .transformer_twins import causal_mask, layer_results, may_not, swapped
 
 BACKENDS = ["aten", "auto"]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import seqcore
 from seqcore.nn import KVCache, RotaryPositions
 
-from .attention_twins import Results, assert_equal_in_float64, assert_within, cotangents, doubled
+from .attention_twins import doubled
+from .comparisons import Results, assert_equal_in_float64, assert_within, cotangents
 
 B, M, N, E, HEADS = 2, 17, 21, 20, 2
 

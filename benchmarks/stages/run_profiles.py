@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
+from seqcore.files import write_whole
 from seqcore.journal import Journal
 from seqcore.profiling import Attention, Recurrence, profile
 from seqcore.profiling.problems import PASSES, Problem
@@ -87,12 +88,10 @@ def merged(found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict
 
 
 def write(out: Path, found: list[dict[str, Any]], failed: list[dict[str, str]], left: int, machine: dict) -> None:
-    """Whole or not at all, since whoever runs this may be cut short at any moment."""
+    """After each problem, since whoever runs this may be cut short at any moment."""
     events, profiles = merged(found)
     whole = {"traceEvents": events, "profiles": profiles, "failed": failed, "left": left, "machine": machine}
-    fresh = out.with_suffix(".new")
-    fresh.write_text(json.dumps(whole))
-    fresh.replace(out)
+    write_whole(out, json.dumps(whole))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,11 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     journal = Journal(options.journal, options.key, "profile") if options.journal else None
     machine = environment("cpu" if options.tiny else "cuda")
     chosen = problems(options.tiny)
-    # What may have crashed or hung comes last.
-    suspects = journal.suspects if journal else set()
     done: dict[str, dict[str, Any]] = {}
     failed = []
-    for problem in sorted(chosen, key=lambda problem: problem.label in suspects):
+    for problem in journal.suspects_last(chosen, lambda problem: problem.label) if journal else chosen:
         name = problem.label
         if journal and name in journal:
             done[name] = journal.done[name]

@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import os
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -14,7 +12,7 @@ from ..backends import INTERPRETED, describe
 from ..kernels import tables
 from ..kernels.tuning import TYPICAL, Device
 from ..testing.shares import cores
-from . import STOPPED
+from . import STOPPED, interpreted
 
 HELP = "search the fastest tile sizes for this GPU and write a table of them, which the library reads"
 CPU = torch.device("cpu")
@@ -35,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.tiny and not INTERPRETED:
-        command = [sys.executable, "-m", "seqcore", *options.arguments]
-        return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
+        return interpreted(options.arguments)
     fault = _fault(options)
     if fault:
         print(f"seqcore tune: {fault}", file=sys.stderr)

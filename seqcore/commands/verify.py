@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -15,7 +13,7 @@ import torch
 from .. import info
 from ..backends import INTERPRETED
 from ..testing.shares import Share, run_shares
-from . import STOPPED
+from . import STOPPED, interpreted
 
 HELP = "numerics of every kernel against float64, on this machine's device"
 
@@ -32,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available() and not INTERPRETED:
         print("No GPU here: the kernels run interpreted on the CPU, at small sizes.", flush=True)
-        command = [sys.executable, "-m", "seqcore", *options.arguments]
-        return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
+        return interpreted(options.arguments)
 
     with contextlib.ExitStack() as stack:
         if options.jobs > 1 and options.journal is None:

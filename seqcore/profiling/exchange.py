@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..clock import Clock
+
 WORD = 4
 ROUNDS = 7
 LONG, SHORT = 1024, 128
 MOST_BYTES = 2**30
-
-# What a call takes, in any unit.
-Clock = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def exchange_of(plan, shape) -> Exchange | None:
 
 
 def barrier_samples(clock: Clock, slices: int, teams: int, num_warps: int = 4) -> list[float]:
-    """What each of many barriers takes among the programs of each team, measured several times."""
+    """Milliseconds of each of many barriers among the programs of each team, measured several times."""
     return _per_step(clock, lambda steps: run_barrier(slices, teams, steps, "cuda", num_warps), LONG)
 
 

@@ -10,13 +10,12 @@ from torch.nn.utils.rnn import pack_sequence
 
 from .. import functional, nn
 from ..backends import BACKENDS
+from ..clock import Call
 from ..errors import InvalidInput
 
 MODULES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 PASSES = ("forward", "training")
 DTYPES = ("float16", "bfloat16", "float32")
-
-Call = Callable[[], object]
 
 
 def falling_lengths(T: int, B: int) -> list[int]:
@@ -24,11 +23,16 @@ def falling_lengths(T: int, B: int) -> list[int]:
     return [T - b * 3 * T // (4 * max(B - 1, 1)) for b in range(B)]
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Problem:
     """What both kinds share."""
 
     # Fields that are no sizes.
     OPTIONS: ClassVar = ("op", "dtype", "backend", "pass_")
+
+    dtype: str = "float32"
+    backend: str = "auto"
+    pass_: str = "forward"
 
     def _check(self) -> None:
         allowed = {"pass_": PASSES, "dtype": DTYPES, "backend": BACKENDS}
@@ -80,9 +84,6 @@ class Recurrence(_Problem):
     layers: int = 1
     directions: int = 1
     packed: bool = False
-    dtype: str = "float32"
-    backend: str = "auto"
-    pass_: str = "forward"
 
     def __post_init__(self) -> None:
         self._require(self.op in MODULES, "op", f"one of {', '.join(MODULES)}")
@@ -129,9 +130,6 @@ class Attention(_Problem):
     H_kv: int = 0
     causal: bool = False
     window: int = 0
-    dtype: str = "float32"
-    backend: str = "auto"
-    pass_: str = "forward"
     op: str = "attention"
 
     def __post_init__(self) -> None:

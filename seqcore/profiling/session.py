@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from ..clock import Call
 from . import trace
 from .kernel_tree import kernel_tree
-from .problems import Call, Problem, Recurrence
+from .problems import Problem, Recurrence
 from .split import splits
 
 TRACE, TREE = "trace.json", "kernels.hatchet"

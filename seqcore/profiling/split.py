@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..backends import describe, recurrence_precision
-from ..clock import Stopwatch
+from ..clock import Call, Stopwatch
 from .exchange import ROUNDS, barrier_samples, exchange_of, exchange_samples
-from .problems import Call, Recurrence
+from .problems import Recurrence
 
 CELLS = {"rnn": "rnn_tanh", "gru": "gru", "lstm": "lstm"}
 
@@ -68,7 +68,8 @@ def _split(problem: Recurrence, pass_: str, kernel: Any, arguments: dict[str, An
         step = {"STEP": variants.touching_step}
     else:
         step = {"STEP_BACKWARD": getattr(variants, f"touching_{CELLS[problem.op]}_step_backward")}
-    plan, shape = plan_of(problem, pass_ == "backward")
+    sizes = {"directions": problem.directions, "backward": pass_ == "backward"}
+    plan, shape = plan_of(problem.op, problem.H, problem.B, problem.dtype, torch.device("cuda"), **sizes)
 
     def step_us(kernel: Any, **changed: Any) -> float:
         again = arguments | changed
@@ -97,17 +98,19 @@ def _split(problem: Recurrence, pass_: str, kernel: Any, arguments: dict[str, An
     }
 
 
-def plan_of(problem: Recurrence, backward: bool) -> tuple[Any, Any]:
-    """How the library launches the problem's layer, and the shape it was asked for."""
+def plan_of(
+    op: str, H: int, B: int, dtype: str, device: torch.device, *, backward: bool, directions: int = 1, blocks: int = 1
+) -> tuple[Any, Any]:
+    """How the library launches a layer, and the shape it was asked for."""
     from ..kernels.recurrence import plan as plans
     from ..kernels.work import GATES
 
-    device, dtype = describe(torch.device("cuda")), getattr(torch, problem.dtype)
+    gpu, float_dtype = describe(device), getattr(torch, dtype)
     shape = plans.Shape(
-        GATES[problem.op], problem.H, 1, problem.B, problem.directions, dtype.itemsize, backward,
-        parts=2 if recurrence_precision(dtype, device.arch) == "tf32x3" else 1,
+        GATES[op], H // blocks, blocks, B, directions, float_dtype.itemsize, backward,
+        parts=2 if recurrence_precision(float_dtype, gpu.arch) == "tf32x3" else 1,
     )  # fmt: skip
-    return plans.make(shape, device), shape
+    return plans.make(shape, gpu), shape
 
 
 def programs(arguments: dict[str, Any]) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from .problems import Call, Problem
+from ..clock import Call
+from .problems import Problem
 
 
 @contextlib.contextmanager

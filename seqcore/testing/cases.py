@@ -14,6 +14,15 @@ from ..cells import BUILT_IN, RNN_RELU, Cell
 Results = dict[str, Tensor]
 
 
+def floats_as(dtype: torch.dtype, tensors: Results) -> Results:
+    """The tensors, those that are floating point in ``dtype``."""
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch calls it, without the module."""
+    return str(dtype).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class Case:

@@ -8,6 +8,7 @@ from ..backends import INTERPRETED
 from ..cells import Cell, find
 from ..errors import UnsupportedInput
 from .budget import assert_within_budget
+from .precision import float32_products
 
 
 def check_cell(
@@ -38,9 +39,7 @@ def check_cell(
     if cell.reference_backward is not None:
         _check_reference_backward(cell)
     # Against float64 and float32 as such, whatever torch's switch for TF32 says.
-    switch = torch.backends.cudnn.rnn
-    before, switch.fp32_precision = switch.fp32_precision, "ieee"
-    try:
+    with float32_products("ieee"):
         for lengths in (None, torch.arange(batch, device=device) % steps + 1):
             tensors = _tensors(cell, hidden, steps, batch, dtype, device)
             actual = _results(cell, tensors, lengths, "triton")
@@ -48,8 +47,6 @@ def check_cell(
             exact = _results(cell, {name: t.double() for name, t in tensors.items()}, lengths, "reference")
             for name, value in actual.items():
                 assert_within_budget(value, exact[name], eager[name], f"{cell.name}: {name}")
-    finally:
-        switch.fp32_precision = before
 
 
 def _tensors(cell: Cell, hidden: int, steps: int, batch: int, dtype: torch.dtype, device) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from ..backends import INTERPRETED
 from ..journal import Journal
 from .attention_cases import attentions
 from .budget import check_budget
-from .cases import Case, Results, recurrences
+from .cases import Case, Results, dtype_name, floats_as, recurrences
 from .precision import float32_products
 from .shares import Share
 
@@ -63,7 +63,7 @@ def verify(
         problems = [problem for problem in _problems(device) if only in problem[0].name]
         problems = problems if share is None else share.of(problems)
         if journal is not None:
-            problems.sort(key=lambda problem: _name(*problem) in journal.suspects)
+            problems = journal.suspects_last(problems, lambda problem: _name(*problem))
         for case, dtype in problems:
             yield from _tried(case, dtype) if journal is None else _journalled(case, dtype, journal)
 
@@ -85,7 +85,7 @@ def finished(journal: Journal) -> list[Row]:
 
 
 def _name(case: Case, dtype: torch.dtype) -> str:
-    return f"{case.name} {str(dtype).removeprefix('torch.')}"
+    return f"{case.name} {dtype_name(dtype)}"
 
 
 def _journalled(case: Case, dtype: torch.dtype, journal: Journal) -> list[Row]:
@@ -113,14 +113,12 @@ def _tried(case: Case, dtype: torch.dtype) -> list[Row]:
             torch.cuda.synchronize()
         errors = dict.fromkeys(("max_error", "max_allowed", "mean_error", "mean_allowed"), 0.0)
         errors |= {"within_budget": False, "repeatable": False, "error": f"{type(error).__name__}: {error}"[:MOST_SAID]}
-        name = str(dtype).removeprefix("torch.")
-        return [Row(kernel, case.name, NO_RESULT, name, **errors) for kernel in dict.fromkeys(case.kernels.values())]
+        kernels = dict.fromkeys(case.kernels.values())
+        return [Row(kernel, case.name, NO_RESULT, dtype_name(dtype), **errors) for kernel in kernels]
 
 
 def _judge(case: Case, dtype: torch.dtype) -> Iterator[Row]:
-    inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.tensors.items()}
-    doubled = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
-    exact, eager = compute(case, doubled, "reference"), compute(case, inputs, "reference")
+    inputs, exact, eager = yardsticks(case, dtype)
     actual, again = compute(case, inputs, "triton"), compute(case, inputs, "triton")
     for quantity, result in actual.items():
         budget = check_budget(result, exact[quantity], eager[quantity])
@@ -128,7 +126,7 @@ def _judge(case: Case, dtype: torch.dtype) -> Iterator[Row]:
             kernel=case.kernels.get(quantity, case.kernels["default"]),
             case=case.name,
             quantity=quantity,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             max_error=budget.max_error,
             max_allowed=budget.max_allowed,
             mean_error=budget.mean_error,
@@ -136,6 +134,13 @@ def _judge(case: Case, dtype: torch.dtype) -> Iterator[Row]:
             within_budget=budget.ok,
             repeatable=torch.equal(result, again[quantity]),
         )
+
+
+def yardsticks(case: Case, dtype: torch.dtype) -> tuple[Results, Results, Results]:
+    """The case's inputs in ``dtype``, and what plain PyTorch makes of them: exactly, in float64, and as it is."""
+    inputs = floats_as(dtype, case.tensors)
+    exact, eager = (compute(case, given, "reference") for given in (floats_as(torch.float64, inputs), inputs))
+    return inputs, exact, eager
 
 
 def compute(case: Case, inputs: Results, backend: str) -> Results:

@@ -13,9 +13,9 @@ import torch
 from ..kernels.tuning import Device
 from ..testing import aot, verify
 from ..testing.aot_entry import Entry
+from ..testing.cases import floats_as
 from ..testing.launches import compiled_for
 from ..testing.precision import float32_products
-from .judge import floats_as
 from .problem import Fields, Problem
 from .race import Deadline
 

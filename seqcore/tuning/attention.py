@@ -15,8 +15,8 @@ from ..ops import attention as ops
 from ..testing.aot_attention import attention_entry
 from ..testing.aot_entry import Entry, precisions
 from ..testing.attention_cases import attention_case
-from ..testing.cases import Case
-from .problem import Fields, Problem, dtype_name
+from ..testing.cases import Case, dtype_name
+from .problem import Fields, Problem
 
 # Everything but a mask, for which tables have tiles of their own: what is chosen must fit with all of it.
 MANY_FEATURES = {

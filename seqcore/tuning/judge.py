@@ -4,24 +4,14 @@ import torch
 
 from ..testing import verify
 from ..testing.budget import check_budget
-from ..testing.cases import Results
 from .problem import Problem
-
-
-def floats_as(dtype: torch.dtype, tensors: Results) -> Results:
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 class Judge:
     """Of the results of one problem's candidates, against float64 and what plain PyTorch makes in the same dtype."""
 
     def __init__(self, problem: Problem, device: torch.device):
-        self.cases = []
-        for case in problem.cases(device):
-            inputs = floats_as(problem.dtype, case.tensors)
-            doubled = floats_as(torch.float64, inputs)
-            expected = [verify.compute(case, given, "reference") for given in (doubled, inputs)]
-            self.cases.append((case, inputs, *expected))
+        self.cases = [(case, *verify.yardsticks(case, problem.dtype)) for case in problem.cases(device)]
 
     def refusal(self) -> str | None:
         """Why results of the kernels, as they are launched now, are refused; None if they are within the budget."""

@@ -73,7 +73,3 @@ class Problem(ABC):
     @abstractmethod
     def row(self, fields: Fields, device: Device) -> dict[str, Any]:
         """The table's row of ``section`` with ``fields`` as the choice."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

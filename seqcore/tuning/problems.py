@@ -6,8 +6,9 @@ from itertools import product
 import torch
 
 from ..cells import GRU, LSTM, RNN_TANH
+from ..testing.cases import dtype_name
 from .attention import Attention
-from .problem import Problem, dtype_name
+from .problem import Problem
 from .recurrence import Recurrence
 
 OPERATIONS = {"attention": ("attention",), "lstm": ("lstm",), "gru": ("gru",), "rnn": ("rnn_tanh",)}

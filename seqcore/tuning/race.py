@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from ..clock import Call
+from ..clock import Call, Clock
 
-Clock = Callable[[Call], float]
 # What a contestant runs within: the choice of its tiles, or of a backend.
 Setting = Callable[[], AbstractContextManager]
 

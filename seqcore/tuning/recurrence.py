@@ -17,8 +17,8 @@ from ..kernels.tuning import INTERPRETER, Device, power_of_two
 from ..ops import recurrence as ops
 from ..testing.aot_catalogue import sequence_entry
 from ..testing.aot_entry import Entry
-from ..testing.cases import Case, recurrence_case
-from .problem import Fields, Problem, dtype_name
+from ..testing.cases import Case, dtype_name, recurrence_case
+from .problem import Fields, Problem
 
 # Steps and inputs of the problem on which results are judged; its programs and tiles are those of the one timed.
 JUDGED_STEPS, JUDGED_INPUTS = 9, 64

@@ -81,7 +81,7 @@ def key() -> str:
 
 def _each(tasks: dict[str, Callable[[], Any]], journal: Journal) -> bool:
     """Do what the journal does not have; whether all of it is done. What once began and never ended comes last."""
-    todo = sorted((name for name in tasks if name not in journal), key=lambda name: name in journal.suspects)
+    todo = journal.suspects_last(name for name in tasks if name not in journal)
     with Progress(len(todo), "problem") as progress:
         try:
             for name in todo:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..clock import percentile
+from ..clock import Clock, percentile
 from ..kernels.tuning import Device
 from ..testing.precision import float32_products
 from . import ahead
 from .judge import Judge
 from .problem import Fields, Problem
-from .race import Clock, Deadline, race
+from .race import Deadline, race
 
 # What another choice must take of the present one's time, at the median of all rounds.
 BETTER = 0.98

@@ -1,7 +1,6 @@
 """The table that is written: rows with their times, and what they were measured on."""
 
 import json
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from .. import __version__, info
 from ..backends import INTERPRETED
+from ..files import write_whole
 from ..kernels import tables
 from ..kernels.tuning import INTERPRETER, Device
 from .problem import Problem
@@ -72,7 +72,7 @@ def judged(table: dict[str, Any], compared: dict[str, dict[str, float]]) -> dict
 
 
 def write(table: dict[str, Any], path: Path) -> None:
-    """All of it or nothing: whoever reads meanwhile sees the table of before. One row a line."""
+    """One row a line."""
     parts = []
     for name, value in table.items():
         if name in tables.SECTIONS:
@@ -81,6 +81,4 @@ def write(table: dict[str, Any], path: Path) -> None:
         else:
             parts.append(f"  {json.dumps(name)}: {json.dumps(value)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")

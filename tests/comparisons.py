@@ -1,0 +1,28 @@
+"""How what modules and functions give is weighed and compared: outputs and gradients, by name."""
+
+import torch
+from torch import Tensor
+
+from seqcore.testing.budget import assert_within_budget
+
+Results = dict[str, Tensor]
+
+
+def cotangents(outputs: list[Tensor]) -> list[Tensor]:
+    """Random weights for ``outputs``: eighths, which every dtype holds exactly; the same in each call."""
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randint(-8, 9, out.shape, generator=generator) / 8).to(out) for out in outputs]
+
+
+def assert_within(actual: Results, exact: Results, eager: Results) -> None:
+    """Hold everything in ``actual`` to the error budget."""
+    assert actual.keys() == exact.keys() == eager.keys()
+    for name, value in actual.items():
+        assert_within_budget(value, exact[name], eager[name], name)
+
+
+def assert_equal_in_float64(actual: Results, expected: Results) -> None:
+    """Two orders of the same float64 arithmetic, which nothing more exact could judge: torch's own tolerances."""
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
