@@ -126,12 +126,19 @@ class Campaign:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=heed_interrupts,
                 # The lock is theirs, too: a stage that outlives its campaign still writes the journal.
                 pass_fds=[] if self.lock is None else [self.lock.fileno()],
             )
             status = wait_or_stop(process, limit_s, Watch(stage))
             log.seek(start)
             return status, process.returncode, log.read().splitlines()
+
+
+def heed_interrupts() -> None:
+    """Stages are interrupted at their limit. Who begins a campaign in the background may have it ignore interrupts, and
+    what it begins would do so, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Watch:

@@ -115,11 +115,16 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_stage_past_its_limit_may_write_what_it_has(tmp_path):
+@pytest.mark.parametrize("heard", [signal.default_int_handler, signal.SIG_IGN], ids=["", "in the background"])
+def test_a_stage_past_its_limit_may_write_what_it_has(tmp_path, heard):
     result = tmp_path / "partial"
     code = f"import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  open({str(result)!r}, 'w').write('half')"
     stage, _ = fake_stage(tmp_path, code, limit_s=1.0)
-    assert new_campaign(tmp_path).run(stage).status == "overran"
+    before = signal.signal(signal.SIGINT, heard)
+    try:
+        assert new_campaign(tmp_path).run(stage).status == "overran"
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.read_text() == "half"
 
 

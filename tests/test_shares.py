@@ -1,5 +1,6 @@
 """Work shared out among processes: all of it is done, once, and nobody is left behind."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -34,7 +35,10 @@ def test_each_process_gets_its_share_and_is_heard(capfd):
 def test_who_shares_work_out_takes_the_others_along(tmp_path):
     sleep = "import os, sys, time; open(os.path.join(sys.argv[1], str(os.getpid())), 'w'); time.sleep(60)"
     code = f"from seqcore.testing.shares import run_shares; run_shares([{sys.executable!r}, '-c', {sleep!r}, "
-    process = subprocess.Popen([sys.executable, "-c", f"{code}{str(tmp_path)!r}], 2)"], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", f"{code}{str(tmp_path)!r}], 2)"]
+    # Tests that run in the background were told to ignore interrupts, and what they begin would do so, too.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=heed)
     begin = time.monotonic()
     while len(os.listdir(tmp_path)) < 2:
         assert time.monotonic() - begin < 60
