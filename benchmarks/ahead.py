@@ -21,7 +21,7 @@ from benchmarks.environment import key
 from benchmarks.measured import ROW, is_finished
 from benchmarks.recurrence_cases import recurrence_cases
 from benchmarks.shapes import RECURRENCES, SIZES, Case, Sizes
-from seqcore.backends import describe
+from seqcore.devices import describe
 from seqcore.journal import Journal
 from seqcore.kernels.tuning import Device
 from seqcore.precompile import listening

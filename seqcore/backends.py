@@ -10,7 +10,6 @@ An argument ``backend=`` beats :func:`use_backend`, which beats the variable ``S
 """
 
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .devices import product_parts
 from .errors import InvalidInput, UnsupportedInput
 from .kernels import tuning
 from .kernels.recurrence import plan
@@ -26,8 +26,6 @@ from .kernels.tuning import INTERPRETER, Device
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 
-# Read once: Triton, too, decides when a kernel is defined whether it will be interpreted.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _ENVIRONMENT = os.environ.get("SEQCORE_BACKEND") or "auto"
 
 CPU = "cpu"
@@ -145,52 +143,6 @@ def resolve(backend: str | None) -> str:
     return _local.stack[-1] if _local.stack else check_backend(_ENVIRONMENT, "SEQCORE_BACKEND")
 
 
-@functools.cache
-def _gpu(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    hip = getattr(properties, "gcnArchName", "").partition(":")[0] if torch.version.hip else ""
-    return Device(
-        arch=hip or f"sm_{properties.major}{properties.minor}",
-        multiprocessors=properties.multi_processor_count,
-        shared_memory=getattr(properties, "shared_memory_per_block_optin", 65536),
-        registers=getattr(properties, "regs_per_multiprocessor", 65536),
-    )
-
-
-# A GPU that is not here and that CPU tensors are taken to be on; see ``seqcore.testing.launches``.
-_pretended: Device | None = None
-
-
-@contextlib.contextmanager
-def pretending(device: Device) -> Iterator[None]:
-    """Within the block CPU tensors are taken to be on ``device``, in all threads, since backward has its own."""
-    global _pretended
-    before, _pretended = _pretended, device
-    try:
-        yield
-    finally:
-        _pretended = before
-
-
-def describe(device: torch.device) -> Device:
-    """The kernels' view of a torch device."""
-    if _pretended is not None:
-        return _pretended
-    if device.type == "cuda":
-        return _gpu(torch.cuda.current_device() if device.index is None else device.index)
-    return Device(INTERPRETER if INTERPRETED and device.type == "cpu" else device.type)
-
-
-def recurrence_precision(dtype: torch.dtype, arch: str) -> str:
-    """How kernels multiply float32: torch's switch for cuDNN's recurrences decides, here as there.
-
-    "tf32", or "tf32x3", three of these for nearly all of float32, or "ieee" where there is no TF32 (and for all else).
-    """
-    if dtype != torch.float32 or not arch.startswith("sm_"):
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
-
-
 def transforms_active() -> bool:
     """Whether a torch.func transform or forward-mode AD is under way, through which no opaque operator can pass."""
     # Dynamo can trace this; neither a comparison of levels with None nor the stack's depth can it in every torch.
@@ -213,7 +165,7 @@ def _has_plan(request: Request) -> bool:
 
 def _shapes(request: Request) -> tuple[plan.Shape, plan.Shape]:
     """The shapes of forward and backward on the request's device."""
-    parts = 2 if recurrence_precision(request.dtype, request.device.arch) == "tf32x3" else 1
+    parts = product_parts(request.dtype, request.device.arch)
     return replace(request.shape, parts=parts), replace(request.shape, parts=parts, backward=True)
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, kernels
+from . import __version__, backends, devices, kernels
 from .kernels import tables
 
 
 def gather() -> dict[str, Any]:
     """Versions, the device the kernels would run on, and for each operation and dtype who can serve it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    described = backends.describe(device)
+    described = devices.describe(device)
     return {
         "seqcore": __version__,
         "python": platform.python_version(),
@@ -31,7 +31,7 @@ def gather() -> dict[str, Any]:
         "shared_memory_bytes": described.shared_memory if device.type == "cuda" else None,
         "tuned_table": backends.tuning.is_measured(described.arch),
         "tables": _tables(described),
-        "interpreter": backends.INTERPRETED,
+        "interpreter": devices.INTERPRETED,
         "default_backend": backends.resolve(None),
         "backends": [_backends(described, family, operation) for family, operation in OPERATIONS],
     }
@@ -95,7 +95,7 @@ def identity() -> str:
         for path in sorted((*folder.rglob("*.py"), *folder.rglob("tuned/*.json"))):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    interpreted = " interpreted" if backends.INTERPRETED else ""
+    interpreted = " interpreted" if devices.INTERPRETED else ""
     return f"{device}{interpreted} torch {torch.__version__} triton {_triton_version()} {digest.hexdigest()[:12]}"
 
 

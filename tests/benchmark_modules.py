@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 
 ROOT = Path(__file__).resolve().parent.parent
 

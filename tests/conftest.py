@@ -18,7 +18,7 @@ os.environ["SEQCORE_CACHE"] = ""
 import pytest
 import torch
 
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 

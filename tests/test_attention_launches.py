@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seqcore import functional
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.kernels.tuning import Device
 from seqcore.testing import launches
 

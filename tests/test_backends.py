@@ -14,6 +14,7 @@ import seqcore
 from seqcore import Device, InvalidInput, UnsupportedInput, backends, functional
 from seqcore.autograd import attention as autograd_attention
 from seqcore.autograd import recurrence as autograd_recurrence
+from seqcore.devices import INTERPRETED
 from seqcore.ops import attention as ops
 
 from .attention_twins import qkv
@@ -360,7 +361,7 @@ def test_explain_where_seqcore_is_not_called():
 
 @pytest.mark.kernels
 def test_explain_tells_that_auto_does_not_interpret():
-    if not backends.INTERPRETED:
+    if not INTERPRETED:
         pytest.skip("nothing is interpreted in this process")
     (explanation,) = seqcore.explain(functional.attention, *qkv(B, H))
     assert explanation.chosen == "aten"

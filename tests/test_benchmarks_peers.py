@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 
 from .benchmark_modules import load, needs_pytest_benchmark
 

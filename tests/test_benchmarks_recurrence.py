@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqcore import cells as cells_of_seqcore
-from seqcore.backends import INTERPRETED, pretending
+from seqcore.devices import INTERPRETED, pretending
 from seqcore.kernels import work as speed_of_light
 from seqcore.kernels.recurrence.cells import lstm_step
 from seqcore.kernels.tuning import Device

@@ -7,7 +7,7 @@ import torch
 
 import seqcore
 from seqcore import cli, functional
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.testing import verify
 
 

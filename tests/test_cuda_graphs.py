@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.functional import attention
 from seqcore.nn import KVCache
 

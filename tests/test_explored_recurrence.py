@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import seqcore
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.kernels import grid
 from seqcore.kernels.recurrence import backward as backward_kernels
 from seqcore.kernels.recurrence import forward as forward_kernels

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.kernels import grid
 from seqcore.testing import explorer
 from seqcore.testing.explorer import Deadlock, explore

@@ -9,7 +9,7 @@ import pytest
 import triton
 
 from seqcore import kernels
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted functions have no names")
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from seqcore import InvalidInput
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.functional import attention
 from seqcore.nn import KVCache
 

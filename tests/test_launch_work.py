@@ -4,7 +4,8 @@ import pytest
 import torch
 from triton.runtime import jit
 
-from seqcore import backends, functional, nn
+from seqcore import functional, nn
+from seqcore.devices import pretending
 from seqcore.kernels import launch_work, work
 from seqcore.kernels.recurrence import plan
 from seqcore.kernels.tuning import Device
@@ -29,7 +30,7 @@ def launched(monkeypatch):
         return launch
 
     monkeypatch.setattr(jit.JITFunction, "__getitem__", catching)
-    with backends.pretending(GPU):
+    with pretending(GPU):
         yield found
 
 
@@ -83,7 +84,7 @@ def test_float32_is_counted_by_its_width(launched):
 
 @pytest.mark.parametrize("op", MODULES)
 def test_each_tensor_of_a_sequence_is_moved_once(launched, op):
-    with backends.pretending(Device("sm_90")):
+    with pretending(Device("sm_90")):
         train(op)
     (_, forward, forwards), (_, backward, backwards) = launched
     states = ("h_init_ptr", "h_n_ptr") + (("c_init_ptr", "c_n_ptr", "cells_ptr") if op == "lstm" else ())

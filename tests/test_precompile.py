@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seqcore import cli, nn
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.errors import UnsupportedInput
 from seqcore.kernels.tuning import Device
 from seqcore.precompile import precompile

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqcore import nn
-from seqcore.backends import INTERPRETED, pretending
+from seqcore.devices import INTERPRETED, pretending
 from seqcore.errors import UnsupportedInput
 from seqcore.kernels.tuning import Device
 from seqcore.testing import launches

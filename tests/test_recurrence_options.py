@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from seqcore.autograd.recurrence import RecurrenceFunction, Settings
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.kernels.recurrence import plan
 
 from .comparisons import assert_within, cotangents

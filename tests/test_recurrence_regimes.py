@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.kernels.recurrence import plan
 
 from .recurrence_twins import SINGLE, assert_alike, differing, masks, ours, packed, problem, results

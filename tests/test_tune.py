@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seqcore import cli, info
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.kernels import tuning
 from seqcore.tuning import ahead, problems, run, search
 from seqcore.tuning.attention import Attention

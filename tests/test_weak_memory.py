@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from seqcore.backends import INTERPRETED
+from seqcore.devices import INTERPRETED
 from seqcore.testing.explorer import explore
 
 from .mutants import mutant

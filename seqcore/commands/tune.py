@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..backends import INTERPRETED, describe
+from ..devices import INTERPRETED, describe
 from ..kernels import tables
 from ..kernels.tuning import TYPICAL, Device
 from ..testing.shares import cores

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import info
-from ..backends import INTERPRETED
+from ..devices import INTERPRETED
 from ..testing.shares import Share, run_shares
 from . import STOPPED, interpreted
 

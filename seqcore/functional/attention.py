@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
+from .. import backends, devices
 from ..autograd import attention as autograd
 from ..reference import attention as reference
 from .attention_checks import Problem, check_attention
@@ -154,7 +154,7 @@ def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> 
     return backends.Request(
         family="attention",
         operation="attention",
-        device=backends.describe(problem.query.device),
+        device=devices.describe(problem.query.device),
         dtype=target_dtype(problem.query),
         features=tuple(name for name, present in features.items() if present),
         head_dim=max(problem.query.shape[-1], problem.value.shape[-1]),

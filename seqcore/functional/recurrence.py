@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import backends
+from .. import backends, devices
 from ..autograd import recurrence as autograd
 from ..cells import BUILT_IN, Cell, find
 from ..kernels.recurrence.plan import Shape
@@ -215,7 +215,7 @@ def _request(problem: Problem, options: Options) -> backends.Request:
     return backends.Request(
         family="recurrence",
         operation=problem.cell,
-        device=backends.describe(problem.x.device),
+        device=devices.describe(problem.x.device),
         dtype=target_dtype(problem.x),
         features=tuple(name for name, present in features.items() if present),
         shape=None if torch.compiler.is_compiling() else _shape(problem),

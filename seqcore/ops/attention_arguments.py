@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import MAX_HEAD_DIM, describe
+from ..backends import MAX_HEAD_DIM
+from ..devices import describe
 from ..errors import UnsupportedInput
 
 # Bytes of keys and values that programs under way may share without crowding the second-level cache.

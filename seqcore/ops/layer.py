@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends import describe, recurrence_precision
 from ..cells import Cell
+from ..devices import describe, product_parts, recurrence_precision
 from ..reference.recurrence import Weights, block_count, hidden_size
 from .layout import Map
 
@@ -57,7 +57,7 @@ class Layer:
         cell, x = self.cell, self.x
         return Shape(
             cell.gates, self.units, self.blocks, self.map.batch, self.directions, x.element_size(), backward,
-            parts=2 if self.precision == "tf32x3" else 1,
+            parts=product_parts(x.dtype, describe(x.device).arch),
         )  # fmt: skip
 
     def plan(self, backward: bool):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import INTERPRETED, KERNEL_DTYPES, describe
+from ..backends import KERNEL_DTYPES
+from ..devices import INTERPRETED, describe
 from ..reference.precision import without_autocast
 
 LIBRARY = torch.library.Library("seqcore", "FRAGMENT")

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import INTERPRETER, describe
 from ..cells import Cell
+from ..devices import describe
 from ..errors import UnsupportedInput
+from ..kernels.tuning import INTERPRETER
 from ..reference.bptt import Gradients, Kept, weight_gradient
 from . import projection
 from .layer import Layer

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..backends import describe, recurrence_precision
 from ..clock import Call, Stopwatch
+from ..devices import describe, product_parts
 from .exchange import ROUNDS, barrier_samples, exchange_of, exchange_samples
 from .problems import Recurrence
 
@@ -108,7 +108,7 @@ def plan_of(
     gpu, float_dtype = describe(device), getattr(torch, dtype)
     shape = plans.Shape(
         GATES[op], H // blocks, blocks, B, directions, float_dtype.itemsize, backward,
-        parts=2 if recurrence_precision(float_dtype, gpu.arch) == "tf32x3" else 1,
+        parts=product_parts(float_dtype, gpu.arch),
     )  # fmt: skip
     return plans.make(shape, gpu), shape
 

@@ -25,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from ..backends import INTERPRETED
+from ..devices import INTERPRETED
 from ..kernels.tuning import TYPICAL
 from .aot_attention import probes
 from .aot_catalogue import catalogue, covering

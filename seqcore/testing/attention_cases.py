@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..backends import INTERPRETED
+from ..devices import INTERPRETED
 from .cases import Case, Results
 
 BATCH, HEADS, HEADS_KV = 2, 4, 2

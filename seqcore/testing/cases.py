@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from .. import functional
-from ..backends import INTERPRETED
 from ..cells import BUILT_IN, RNN_RELU, Cell
+from ..devices import INTERPRETED
 
 Results = dict[str, Tensor]
 

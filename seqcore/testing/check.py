@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..backends import INTERPRETED
 from ..cells import Cell, find
+from ..devices import INTERPRETED
 from ..errors import UnsupportedInput
 from .budget import assert_within_budget
 from .precision import float32_products

@@ -25,7 +25,7 @@ from unittest import mock
 
 import numpy as np
 
-from ..backends import INTERPRETED
+from ..devices import INTERPRETED
 from .weak_memory import Memory, Observer
 
 PATIENCE = 1_000

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from ..backends import INTERPRETED, Device, pretending
+from ..devices import INTERPRETED, pretending
+from ..kernels.tuning import Device
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..backends import INTERPRETED
+from ..devices import INTERPRETED
 from ..journal import Journal
 from .attention_cases import attentions
 from .budget import check_budget

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import __version__, info
-from ..backends import INTERPRETED
+from ..devices import INTERPRETED
 from ..files import write_whole
 from ..kernels import tables
 from ..kernels.tuning import INTERPRETER, Device
