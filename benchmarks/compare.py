@@ -7,7 +7,6 @@ slower or lost its time, 2 if nothing can be compared, otherwise 0.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,19 +33,15 @@ class NotComparable(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its rows by what distinguishes them, and each row's name."""
+    """One run: its rows by what distinguishes them."""
 
     results: Results
     rows: dict[tuple, Row]
-    names: dict[tuple, str]
 
     @classmethod
     def load(cls, path: Path) -> "Run":
         results = Results.load(path)
-        entries = [entry for entry in json.loads(path.read_text())["benchmarks"] if "suite" in entry["extra_info"]]
-        found = {key(row): (row, entry["name"]) for row, entry in zip(results.rows, entries, strict=True)}
-        found = {its_key: pair for its_key, pair in found.items() if pair[0].info["suite"] != NOT_OURS}
-        return cls(results, *({its_key: pair[i] for its_key, pair in found.items()} for i in (0, 1)))
+        return cls(results, {key(row): row for row in results.rows if row.info["suite"] != NOT_OURS})
 
     def why_lost(self, name: str) -> str | None:
         """Why the row of that name is not there, if this run tried."""
@@ -137,7 +132,7 @@ def compare(before: Run, after: Run, threshold: float, force: bool = False) -> t
     by_verdict = {verdict: [] for verdict in (SLOWER, FASTER, UNCLEAR, SAME)}
     for change in changes:
         by_verdict[change.verdict(threshold)].append(change)
-    gone = {name: after.why_lost(name) for its, name in before.names.items() if its not in after.rows}
+    gone = {row.name: after.why_lost(row.name) for its, row in before.rows.items() if its not in after.rows}
     # A budget of time that ran out says nothing about a row.
     lost = {name: why for name, why in gone.items() if why and "out of time" not in why}
     others = [f"{name}: {why}" if why else name for name, why in gone.items() if name not in lost]
@@ -152,7 +147,7 @@ def compare(before: Run, after: Run, threshold: float, force: bool = False) -> t
     for title, lines in (
         ("Lost their time", [f"- {name}: {why}" for name, why in lost.items()]),
         ("Only before", [f"- {name}" for name in others]),
-        ("Only after", [f"- {name}" for its, name in after.names.items() if its not in before.rows]),
+        ("Only after", [f"- {row.name}" for its, row in after.rows.items() if its not in before.rows]),
     ):
         if lines:
             parts += [f"## {title}", "\n".join(lines)]

@@ -93,6 +93,8 @@ class Row:
     """One row, read back."""
 
     info: dict
+    # Of its test.
+    name: str = ""
 
     @property
     def op(self) -> str:
@@ -146,7 +148,8 @@ class Results:
         for found in all_found:
             ours = found.get("seqcore", {})
             if all(ours.get("machine", {}).get(key) == machine.get(key) for key in ("commit", "kernels")):
-                rows += [Row(row["extra_info"]) for row in found["benchmarks"] if "suite" in row["extra_info"]]
+                of_suites = (entry for entry in found["benchmarks"] if "suite" in entry["extra_info"])
+                rows += [Row(entry["extra_info"], entry.get("name", "")) for entry in of_suites]
                 not_measured += ours.get("not_measured", [])
         return cls(rows, machine, not_measured, all_found[0].get("datetime", ""))
 
