@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ahead
-from benchmarks.environment import ROOT, key
-from benchmarks.measured import ROW, is_finished, keep_header, row_of, write
+from benchmarks.environment import ROOT
+from benchmarks.measured import JOURNAL, MEASURED, ROW, is_finished, keep_header, row_of, run_key, write
 from benchmarks.progress import Progress
 from benchmarks.report import print_summary, write_report
 from benchmarks.resume import Resume
@@ -24,11 +24,10 @@ SUITES = ("floors", "recurrence", "attention", "bottleneck", "models")
 def main(arguments: list[str] | None = None) -> int:
     begin, options = time.monotonic(), parse(arguments)
     sizes = choose_sizes(options.sizes)
-    data, journal_path = options.out / "bench.json", options.out / "journal.jsonl"
+    data, journal_path = options.out / MEASURED, options.out / JOURNAL
     if not options.resume:
         journal_path.unlink(missing_ok=True)
-    conditions = [f"sizes {sizes.name}", *([f"text {options.text}"] if options.text else [])]
-    run_key = key(sizes.device, *conditions)
+    its_key = run_key(sizes, options.text)
     # An old file must not be taken for the result of a run that failed to write one.
     data.unlink(missing_ok=True)
     print(f"Measuring at the sizes {sizes.name!r}.", flush=True)
@@ -36,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         ahead.in_shares(options.suite, sizes, options.out, options.jobs)
     left = None if options.seconds is None else max(0.0, options.seconds - (time.monotonic() - begin))
     progress = Progress()
-    resume = Resume(Journal(journal_path, run_key, ROW), is_finished, row_of)
+    resume = Resume(Journal(journal_path, its_key, ROW), is_finished, row_of)
     status = pytest.main(
         [
             f"--rootdir={ROOT}",
@@ -59,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         plugins=[progress, resume],
     )
     if data.exists():
-        keep_header(journal_path, run_key, data)
-    if not write(journal_path, run_key, data, sizes.device, resume.left):
+        keep_header(journal_path, its_key, data)
+    if not write(journal_path, its_key, data, sizes.device, resume.left):
         print(f"Nothing was measured. {'; '.join(progress.reasons)}", file=sys.stderr)
         # A CPU may have nothing to say about what was asked; a GPU has.
         return int(status) or int(sizes.device == "cuda" or not progress.reasons)

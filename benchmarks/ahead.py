@@ -17,8 +17,7 @@ from benchmarks import layers
 from benchmarks.attention_cases import AttentionCase, attention_cases
 from benchmarks.attention_data import make_data
 from benchmarks.attention_peers import ours
-from benchmarks.environment import key
-from benchmarks.measured import ROW, is_finished
+from benchmarks.measured import JOURNAL, ROW, is_finished, run_key
 from benchmarks.recurrence_cases import recurrence_cases
 from benchmarks.shapes import RECURRENCES, SIZES, Case, Sizes
 from seqcore.devices import describe
@@ -101,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = SIZES[options.sizes]
     device, done = Device(options.arch) if options.arch else describe(torch.device("cuda")), {}
     if not options.arch:
-        done = Journal(options.out / "journal.jsonl", key(sizes.device, f"sizes {sizes.name}"), ROW).done
+        done = Journal(options.out / JOURNAL, run_key(sizes), ROW).done
     measured = {name.partition("[")[2].removesuffix("]") for name, entry in done.items() if is_finished(entry)}
     cases = [case for suite in options.suites for case in CASES[suite](sizes) if case.id not in measured]
     wanted = options.share.of(list(dict.fromkeys(map(smaller, cases))))

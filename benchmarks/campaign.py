@@ -26,8 +26,9 @@ from typing import IO
 import torch
 
 from benchmarks.environment import ROOT, key
+from benchmarks.measured import JOURNAL, MEASURED
 from benchmarks.report import write_report
-from benchmarks.stages.definitions import JOURNAL, MEASURED, PROFILED, Stage, stages
+from benchmarks.stages.definitions import PROFILED, Stage, stages
 from benchmarks.stages.importable import clean_environment, make_importable
 from seqcore.journal import Journal
 

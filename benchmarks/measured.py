@@ -9,16 +9,24 @@ from typing import Any
 
 import pytest
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, key
 from benchmarks.rows import add_roofs
+from benchmarks.shapes import Sizes
 from benchmarks.timing import RoofMeter, Roofs
 from seqcore.files import write_whole
 from seqcore.journal import Journal
 
+# Files of a run: what is finished, line by line, and what came of all of it.
+JOURNAL, MEASURED = "journal.jsonl", "bench.json"
 ROW, SESSION = "benchmark", "benchmark session"
 OUT_OF_TIME = "out of time"
 ENDED = "the run ended before; --resume goes on from there"
 METER = pytest.StashKey[RoofMeter]()
+
+
+def run_key(sizes: Sizes, text: Path | None = None) -> str:
+    """What rows depend on, the text that models train on included."""
+    return key(sizes.device, f"sizes {sizes.name}", *([f"text {text}"] if text else []))
 
 
 def is_finished(entry: dict) -> bool:

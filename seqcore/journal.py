@@ -75,4 +75,5 @@ def forget(path: Path, unwanted: Callable[[str, str], bool]) -> None:
     """Take every entry from a journal of which ``unwanted(kind, name)`` is true."""
     kept = [entry for entry in lines(path) if not unwanted(entry["kind"], entry["name"])]
     if path.exists():
+        # Into the same file: a campaign's lock is on it, and on none that took its place.
         path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")

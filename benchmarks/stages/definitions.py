@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measured
-from benchmarks.environment import key
 from benchmarks.shapes import SIZES
 from benchmarks.stages import run_tests
 from seqcore.journal import Journal, forget, lines
@@ -18,9 +17,7 @@ from seqcore.tuning.problems import problems
 from seqcore.tuning.run import COMPARED_KIND, TUNED_KIND
 from seqcore.tuning.run import key as tuning_key
 
-JOURNAL, VERIFIED, MEASURED, TUNED, PROFILED = (
-    "journal.jsonl", "verify.json", "bench.json", "tuned.json", "profile.json",
-)  # fmt: skip
+VERIFIED, TUNED, PROFILED = "verify.json", "tuned.json", "profile.json"
 # Under nine minutes each, as long as a lease of a GPU may last, with what it takes to begin and to end.
 LIMIT_SECONDS = 530
 # What a stage that can end by itself is told to leave of its limit for that.
@@ -87,7 +84,7 @@ def _jobs(tiny: bool) -> int:
 
 
 def _tests(out: Path, run_key: str, tiny: bool) -> Stage:
-    journal = out / JOURNAL
+    journal = out / measured.JOURNAL
     command = _python("benchmarks.stages.run_tests", "--journal", journal, "--key", run_key, "--jobs", _jobs(tiny))
 
     def summary() -> tuple[str, bool]:
@@ -106,7 +103,7 @@ def _tests(out: Path, run_key: str, tiny: bool) -> Stage:
 
 
 def _verify(out: Path, tiny: bool) -> Stage:
-    journal, rows_file = out / JOURNAL, out / VERIFIED
+    journal, rows_file = out / measured.JOURNAL, out / VERIFIED
     command = _python("seqcore", "verify", "--out", rows_file, "--journal", journal, "--jobs", _jobs(tiny))
 
     def summary() -> tuple[str, bool]:
@@ -130,7 +127,7 @@ def _verify(out: Path, tiny: bool) -> Stage:
 
 
 def _measure(name: str, suites: tuple[str, ...], limit_s: float, out: Path, tiny: bool) -> Stage:
-    journal, data, sizes = out / JOURNAL, out / MEASURED, SIZES["tiny" if tiny else "gpu"]
+    journal, data, sizes = out / measured.JOURNAL, out / measured.MEASURED, SIZES["tiny" if tiny else "gpu"]
     command = _python("benchmarks", "--suite", *suites, "--sizes", sizes.name, "--out", out, "--resume", "--no-report")
     # A suite by itself has a budget of its own.
     several = len(suites) > 1
@@ -140,7 +137,7 @@ def _measure(name: str, suites: tuple[str, ...], limit_s: float, out: Path, tiny
         return kind == measured.ROW and any(f"test_{suite}.py" in nodeid for suite in suites)
 
     def summary() -> tuple[str, bool]:
-        row_key = key(sizes.device, f"sizes {sizes.name}")
+        row_key = measured.run_key(sizes)
         # Also after a stage that was killed.
         measured.write(journal, row_key, data, sizes.device)
         entries = Journal(journal, row_key, measured.ROW).done
@@ -154,7 +151,7 @@ def _measure(name: str, suites: tuple[str, ...], limit_s: float, out: Path, tiny
 
 
 def _tune(out: Path, tiny: bool) -> Stage:
-    journal, table = out / JOURNAL, out / TUNED
+    journal, table = out / measured.JOURNAL, out / TUNED
     command = _python("seqcore", "tune", "--out", table, "--log", journal)
 
     def summary() -> tuple[str, bool]:
@@ -173,7 +170,7 @@ def _tune(out: Path, tiny: bool) -> Stage:
 
 
 def _profile(out: Path, run_key: str, tiny: bool) -> Stage:
-    journal, profiled = out / JOURNAL, out / PROFILED
+    journal, profiled = out / measured.JOURNAL, out / PROFILED
     command = _python("benchmarks.stages.run_profiles", "--out", profiled, "--journal", journal, "--key", run_key)
 
     def summary() -> tuple[str, bool]:
