@@ -36,9 +36,10 @@ def problem(name):
 def test_backward_written_out_is_autograd(name, weigh):
     inputs, options = problem(name)
     expected = results(lambda *t, **o: attention(*t, **o, scale=0.7)[:2], *inputs, weigh=weigh, **options)
+    rows = attention(*inputs, **options, scale=0.7).rows
     found = {name: expected[name] for name in ("out", "lse")}
     weights = dict(zip(weigh, cotangents([found[name] for name in weigh]), strict=True))
-    gradients = backward(weights.get("out"), weights.get("lse"), *inputs, found["out"], **ABSENT | options)
+    gradients = backward(weights.get("out"), weights.get("lse"), *inputs, found["out"], rows, **ABSENT | options)
     gradients = dict(zip(("query", "key", "value", "attn_mask", "sinks"), gradients, strict=True))
     actual = {f"gradient of {name}": g for name, g in gradients.items() if g is not None}
     assert_equal_in_float64(found | actual, expected)
@@ -49,7 +50,8 @@ def test_backward_written_out_sums_a_masks_gradient_to_its_shape(shape):
     inputs, mask = qkv(B, H, M=M, N=N, **DOUBLE), torch.randn((1,) * (4 - len(shape)) + shape, **DOUBLE)
     expected = results(lambda *t: attention(*t[:3], attn_mask=t[3], scale=0.7)[:2], *inputs, mask)
     dout, dlse = cotangents([expected["out"], expected["lse"]])
-    found = backward(dout, dlse, *inputs, expected["out"], **ABSENT | {"attn_mask": mask}).mask
+    rows = attention(*inputs, attn_mask=mask, scale=0.7).rows
+    found = backward(dout, dlse, *inputs, expected["out"], rows, **ABSENT | {"attn_mask": mask}).mask
     torch.testing.assert_close(found, expected["gradient of attn_mask"])
 
 
@@ -86,8 +88,8 @@ def test_autocast_around_it_changes_nothing():
     query, key, value = qkv(B, H, dtype=torch.bfloat16)
 
     def everything():
-        out, lse, weights = attention(query, key, value, causal="lower_right")
-        gradients = backward(out, lse, query, key, value, out, **ABSENT | {"causal": "lower_right"})
+        out, lse, weights, rows = attention(query, key, value, causal="lower_right")
+        gradients = backward(out, lse, query, key, value, out, rows, **ABSENT | {"causal": "lower_right"})
         return out, lse, weights, average_weights(query, key, **ABSENT), *(t for t in gradients if t is not None)
 
     expected = everything()

@@ -169,7 +169,7 @@ def _reference(problem: Problem, return_weights: str | None) -> tuple[Tensor, Te
         query = query.expand(*problem.lead, *query.shape[-2:])
     else:
         query, key, value = query[None], key[None], value[None]
-    out, lse, weights = reference.attention(
+    out, lse, weights, _ = reference.attention(
         query, key, value, attn_mask=problem.mask, causal=problem.causal, scale=problem.scale, **problem.options
     )
     weights = weights.mean(-3, keepdim=not problem.lead) if return_weights == "average" else weights

@@ -4,8 +4,9 @@ q is [B, H, M, D], k [B, H_kv, N, D], v [B, H_kv, N, DV]. Beside them stand, eac
 or additive, 4-D, of size 1 where it is broadcast; slopes and sinks [H]; q_lengths and k_lengths [B], or with
 ``packed``, both, [S + 1] where sequences begin and end in tensors of batch 1; seed, int64 of one element. ``causal``
 is "none", "top_left" or "lower_right"; left and right count the keys of a window, None being open. Forward gives out,
-lse, and for backward ``rows`` [2, B, H, M]: each row's largest score in base 2, and one over its sum of
-exp2(score - largest).
+lse, and for backward ``rows`` [2, B, H, M], from which P = exp(score - rows[0]) rows[1]: each row's largest score, in
+the base it was computed in (the kernels' is 2), and one over its sum. Backward over a part of the keys takes rows[1]
+times the part's share of the whole sum.
 """
 
 import torch
@@ -28,7 +29,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *problem) -> tuple[Tensor, Tensor,
     if has_kernels(q):
         return kernels.forward(q, k, v, *problem)
     result = reference.attention(q, k, v, **named(*problem))
-    return result.out.contiguous(), result.lse.contiguous(), _rows(q)
+    return result.out.contiguous(), result.lse.contiguous(), result.rows
 
 
 def _backward(
@@ -38,7 +39,7 @@ def _backward(
     if has_kernels(q):
         found = kernels.backward(dout, dlse, out, rows, wanted, q, k, v, *problem)
     else:
-        found = reference_backward(dout, dlse, q, k, v, out, **named(*problem))
+        found = reference_backward(dout, dlse, q, k, v, out, rows, **named(*problem))
     return _wanted(found, wanted, q, k, v, *problem)
 
 
@@ -64,11 +65,6 @@ def _wanted(found, wanted, q, k, v, mask, slopes, sinks, *problem) -> tuple[Tens
     )
 
 
-def _rows(q: Tensor) -> Tensor:
-    """Room for what the kernels keep of each row; the reference's backward has whole rows at hand and keeps nothing."""
-    return torch.empty(2, *q.shape[:2], q.shape[2] if has_kernels(q) else 0, dtype=torch.float32, device=q.device)
-
-
 def _empty(like: Tensor | None, q: Tensor) -> Tensor:
     return torch.empty(0, dtype=q.dtype if like is None else like.dtype, device=q.device)
 
@@ -88,7 +84,8 @@ def named(
 
 def _forward_fake(q, k, v, *problem):
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device), _rows(q)
+    lse = torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device)
+    return out, lse, lse.new_empty(2, *lse.shape)
 
 
 def _backward_fake(dout, dlse, out, rows, wanted, q, k, v, mask, slopes, sinks, *problem):

@@ -39,11 +39,15 @@ class Grid(NamedTuple):
 
 
 class Result(NamedTuple):
-    """out [*, H, M, DV] in the query's dtype; lse [*, H, M] and weights [*, H, M, N] in float32 or better."""
+    """out [*, H, M, DV] in the query's dtype; lse [*, H, M] and weights [*, H, M, N] in float32 or better.
+
+    rows [2, *, H, M] rebuild the weights, before dropout, as exp(s - rows[0]) rows[1].
+    """
 
     out: Tensor
     lse: Tensor
     weights: Tensor
+    rows: Tensor
 
 
 def dense_grid(
@@ -158,11 +162,11 @@ def attention(
         query, key, grid,
         attn_mask=attn_mask, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
-    weights, lse = normalise(logits, sinks)
+    weights, lse, rows = normalise(logits, sinks)
     if dropout_p:
         heads = weights.shape[-3] if weights.dim() > 2 else 1
         weights = drop(weights, keep(grid, range(heads), heads, dropout_p, dropout_seed), dropout_p)
-    return Result((weights @ value.to(weights.dtype)).to(query.dtype), lse, weights)
+    return Result((weights @ value.to(weights.dtype)).to(query.dtype), lse, weights, rows)
 
 
 def grid_of(
@@ -193,8 +197,8 @@ def without_padding(tensor: Tensor, lengths: Tensor | None, rank: int = 4) -> Te
     return torch.where(row < lengths.reshape(-1, *(1,) * (rank - 1)), tensor, 0)
 
 
-def normalise(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights, and the log-sum-exp of each row: zeros and -inf where nothing may be seen."""
+def normalise(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, the log-sum-exp of each row, zeros and -inf where nothing may be seen; and ``Result.rows``."""
     N, sink = logits.shape[-1], None if sinks is None else sinks.to(logits.dtype)[..., None]
     # The shift cancels out of every result, so it needs no gradient of its own.
     shift = (logits.amax(-1) if N else logits.new_full(logits.shape[:-1], NEGATIVE_INFINITY)).detach()
@@ -204,7 +208,8 @@ def normalise(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     total = exponentials.sum(-1) if sink is None else exponentials.sum(-1) + torch.exp(sink - shift)
     empty = total == 0
     total = torch.where(empty, 1, total)
-    return exponentials / total[..., None], torch.where(empty, NEGATIVE_INFINITY, shift + torch.log(total))
+    lse = torch.where(empty, NEGATIVE_INFINITY, shift + torch.log(total))
+    return exponentials / total[..., None], lse, torch.stack([shift, 1 / total.detach()])
 
 
 def keep(grid: Grid, heads: range, of: int, probability: float, seed: Tensor) -> Tensor:
@@ -267,7 +272,7 @@ def one_head(
         causal=causal, scale=scale, window=window, softcap=softcap,
         alibi_slopes=None if alibi_slopes is None else alibi_slopes[one],
     )  # fmt: skip
-    weights, lse = normalise(logits, None if sinks is None else sinks[one])
+    weights, lse, _ = normalise(logits, None if sinks is None else sinks[one])
     kept = keep(grid, range(head, head + 1), heads, dropout_p, dropout_seed) if dropout_p else None
     return Head(query, key, slope, weights, lse, kept)
 

@@ -10,7 +10,6 @@ from .attention import (
     drop,
     grid_of,
     keep,
-    normalise,
     one_head,
     repeat_heads,
     scores,
@@ -38,6 +37,7 @@ def backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
+    rows: Tensor,
     *,
     attn_mask: Tensor | None,
     causal: str | None,
@@ -52,9 +52,9 @@ def backward(
 ) -> Gradients:
     """The gradients of ``attention`` on [B, H, M, D], [B, H_kv, N, D] and [B, H_kv, N, DV]; ``sequences`` as there.
 
-    With P = softmax(s) and delta = rowsum(out dout) - dlse: ds = P (dout v^T - delta), dv = P^T dout,
-    dk = scale ds^T q, dq = scale ds k; a group's dk and dv are summed. The mask's gradient is ds, summed to its shape;
-    a sink's is -sum of exp(sink - lse) delta. Source: Dao, FlashAttention-2 (2023), 3.1.2.
+    With P = softmax(s), rebuilt from ``rows``, and delta = rowsum(out dout) - dlse: ds = P (dout v^T - delta),
+    dv = P^T dout, dk = scale ds^T q, dq = scale ds k; a group's dk and dv are summed. The mask's gradient is ds, summed
+    to its shape; a sink's is -sum of exp(sink - lse) delta. Source: Dao, FlashAttention-2 (2023), 3.1.2.
     """
     acc = wide(query.dtype)
     k, v = repeat_heads(query, key).to(acc), repeat_heads(query, value).to(acc)
@@ -65,7 +65,8 @@ def backward(
         query, k, grid,
         attn_mask=attn_mask, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
-    weights, lse = normalise(logits, sinks)
+    shift, factor = rows.to(acc)
+    weights = torch.exp(logits - shift[..., None]) * factor[..., None]
     dout = torch.zeros_like(out, dtype=acc) if dout is None else dout.to(acc)
     delta = (out.to(acc) * dout).sum(-1)
     if dlse is not None:
@@ -80,7 +81,7 @@ def backward(
     if attn_mask is not None and attn_mask.is_floating_point():
         dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
     if sinks is not None:
-        share = torch.where(lse == NEGATIVE_INFINITY, 0, torch.exp(sinks.to(acc)[:, None] - lse))
+        share = torch.exp(sinks.to(acc)[:, None] - shift) * factor
         dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
     ds = ds if slope is None else ds * slope
     dq = scale * (ds @ k)
