@@ -56,7 +56,8 @@ class Request:
 
     ``family`` is "recurrence" or "attention", ``operation`` the function's name, ``features`` the names (keys of the
     tables above) of what it asks beyond the plain operation, ``head_dim`` the larger of attention's two, ``shape``
-    what a recurrence's plan depends on (None in a compiled graph, where sizes may have no values).
+    what a recurrence's plan depends on (None in a compiled graph, where sizes may have no values); ``sharded`` if
+    there are DTensors among the inputs.
     """
 
     family: str
@@ -67,6 +68,7 @@ class Request:
     head_dim: int = 0
     shape: plan.Shape | None = None
     transformed: bool = False
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,15 @@ def why_not_triton(request: Request) -> list[str]:
 
 def why_not_aten(request: Request) -> list[str]:
     """Every reason why torch's own operator cannot serve ``request``; none if it can."""
-    return [f"torch's {request.operation} has no {feature}" for feature in _missing(request, ATEN_FEATURES)]
+    reasons = [f"torch's {request.operation} has no {feature}" for feature in _missing(request, ATEN_FEATURES)]
+    if request.sharded and request.family == "recurrence":
+        reasons.append("torch's recurrences take no DTensors")
+    return reasons
+
+
+def why_not_reference(request: Request) -> list[str]:
+    """Why plain PyTorch cannot serve ``request``; it can nearly always."""
+    return ["tensors that it makes for itself do not mix with DTensors"] if request.sharded else []
 
 
 def _why_not_operator(request: Request) -> list[str]:
@@ -229,17 +239,34 @@ def _why_not_operator(request: Request) -> list[str]:
     return why_not_triton(request)
 
 
+def check_operator(request: Request) -> None:
+    """Raise UnsupportedInput if seqcore's own operator cannot serve ``request``, whatever other backends can."""
+    if reasons := _why_not_operator(request):
+        raise UnsupportedInput(f"seqcore's operator cannot serve this {request.operation}: {'; '.join(reasons)}")
+
+
+_WHY_NOT = {"triton": why_not_triton, "aten": why_not_aten, "reference": why_not_reference}
+
+
 def _automatic(request: Request) -> str:
     if request.transformed:
         return "reference"
-    if torch.compiler.is_compiling():
-        # torch's own recurrences unroll over time when compiled; ours is one node of the graph.
+    if torch.compiler.is_compiling() or request.sharded:
+        # torch's own recurrences unroll over time when compiled; ours is one node of the graph. And only operators of
+        # ours know how to divide among processes.
         if not _why_not_operator(request):
             return "triton"
     elif request.device.arch not in (CPU, INTERPRETER) and not why_not_triton(request):
         if why_not_aten(request) or tuning.is_no_slower(request.device.arch, request.operation):
             return "triton"
-    return "reference" if why_not_aten(request) else "aten"
+    if not why_not_aten(request):
+        return "aten"
+    if reasons := why_not_reference(request):
+        raise UnsupportedInput(
+            f"no backend can serve this {request.operation}: triton: {'; '.join(why_not_triton(request))}. aten: "
+            f"{'; '.join(why_not_aten(request))}. reference: {'; '.join(reasons)}. Pass DTensor.full_tensor() of each."
+        )
+    return "reference"
 
 
 def _notes(request: Request, chosen: str | None, automatic: bool) -> dict[str, str]:
@@ -253,7 +280,7 @@ def _notes(request: Request, chosen: str | None, automatic: bool) -> dict[str, s
     return {
         "triton": triton if triton != "can serve" or chosen == "triton" else "can serve; not known to be faster here",
         "aten": aten or "can serve",
-        "reference": "serves everything, slowly",
+        "reference": "; ".join(why_not_reference(request)) or "serves everything, slowly",
     }
 
 
@@ -284,11 +311,11 @@ def _on(request: Request, device: Device) -> Request:
 def _decide(request: Request, asked: str) -> str:
     if asked == "auto":
         return _automatic(request)
-    reasons = {"triton": why_not_triton, "aten": why_not_aten, "reference": lambda _: []}[asked](request)
+    reasons = _WHY_NOT[asked](request)
     if reasons:
         others = [
             f"{name}: {'; '.join(why(request)) or 'can'}"
-            for name, why in (("triton", why_not_triton), ("aten", why_not_aten), ("reference", lambda _: []))
+            for name, why in _WHY_NOT.items()
             if name != asked
         ]
         raise UnsupportedInput(

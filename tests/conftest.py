@@ -72,6 +72,23 @@ def _quicker_interpreter():
         yield
 
 
+@pytest.fixture(scope="session")
+def processes():
+    """``processes(n).run(job, ...)`` runs a job in each of n processes that form a group; see ``process_group``."""
+    from .process_group import Processes
+
+    groups = {}
+
+    def of(size: int) -> Processes:
+        if size not in groups or not groups[size].alive:
+            groups[size] = Processes(size)
+        return groups[size]
+
+    yield of
+    for group in groups.values():
+        group.close()
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where this process's kernels run: the GPU, or the CPU when interpreted."""

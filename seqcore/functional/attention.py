@@ -15,6 +15,7 @@ from ..autograd import attention as autograd
 from ..reference import attention as reference
 from .attention_checks import Problem, check_attention
 from .autocast import cast, target_dtype
+from .sharded import sharded
 
 
 def scaled_dot_product_attention(
@@ -116,16 +117,42 @@ def attention(
         query, key, value, attn_mask, causal, scale, window, softcap, alibi_slopes, sinks, query_lengths, key_lengths,
         cu_seqlens_q, cu_seqlens_k, dropout_p, dropout_seed, enable_gqa, return_weights,
     )  # fmt: skip
-    chosen = backends.choose(_request(problem, return_lse, return_weights), backend)
+    request = _request(problem, return_lse, return_weights)
+    chosen = backends.choose(request, backend)
     if chosen == "aten":
         return F.scaled_dot_product_attention(
             query, key, value, problem.mask, dropout_p, causal is not None, scale=problem.scale, enable_gqa=enable_gqa
         )
     if problem.options["dropout_p"] and problem.options["dropout_seed"] is None:
+        if request.sharded:
+            raise backends.InvalidInput(
+                "attention: dropout on DTensors needs dropout_seed=, the same on all processes, got None"
+            )
         problem.options["dropout_seed"] = torch.randint(2**62, (1,), device=query.device)
     out, lse, weights = (_triton if chosen == "triton" else _reference)(problem, return_weights)
     found = (out, *((lse,) if return_lse else ()), *((weights.to(out.dtype),) if return_weights else ()))
     return found if len(found) > 1 else out
+
+
+def check_operator(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float, sinks: Tensor | None,
+    enable_gqa: bool,
+) -> float:
+    """Raise as :func:`attention` does, for who calls the operators directly; the scale they are to be given.
+
+    Raises:
+        InvalidInput: for wrong ranks, sizes, dtypes or devices.
+        UnsupportedInput: if the operators cannot serve the request.
+    """
+    absent = dict.fromkeys((
+        "attn_mask", "causal", "window", "alibi_slopes", "query_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k",
+        "dropout_seed", "return_weights",
+    ))  # fmt: skip
+    problem = check_attention(
+        query, key, value, scale=scale, softcap=softcap, sinks=sinks, enable_gqa=enable_gqa, dropout_p=0.0, **absent
+    )
+    backends.check_operator(_request(problem, return_lse=True, return_weights=None))
+    return problem.scale
 
 
 def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> backends.Request:
@@ -159,6 +186,7 @@ def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> 
         features=tuple(name for name, present in features.items() if present),
         head_dim=max(problem.query.shape[-1], problem.value.shape[-1]),
         transformed=backends.transforms_active(),
+        sharded=sharded(problem.query, problem.key, problem.value, mask),
     )
 
 

@@ -20,6 +20,7 @@ from ..reference.recurrence import hidden_size
 from .autocast import cast, target_dtype
 from .recurrence_checks import check_cell, check_sequence
 from .recurrence_problem import Options, Problem
+from .sharded import sharded
 
 State = Tensor | tuple[Tensor, Tensor]
 _ATEN = {"rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu, "gru": torch.gru, "lstm": torch.lstm}
@@ -220,6 +221,7 @@ def _request(problem: Problem, options: Options) -> backends.Request:
         features=tuple(name for name, present in features.items() if present),
         shape=None if torch.compiler.is_compiling() else _shape(problem),
         transformed=backends.transforms_active(),
+        sharded=sharded(problem.x, problem.h0, problem.weights[0][0].w_ih),
     )
 
 

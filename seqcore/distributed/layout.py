@@ -1,0 +1,80 @@
+"""Which part of a sequence each process has, and who its neighbours are.
+
+"contiguous": process r of W has the r-th of W equal chunks. "zigzag": the r-th and the r-th from the end of 2 W chunks,
+so that under a causal mask, where later queries see more keys, all have the same work (Brandon et al., "Striped
+Attention", 2023; the two-ended form is Llama 3's, 2024).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import InvalidInput
+
+LAYOUTS = ("contiguous", "zigzag")
+Group = dist.ProcessGroup | DeviceMesh | None
+
+
+def group_of(group: Group) -> dist.ProcessGroup:
+    """The process group of a one-dimensional mesh; the default group for None."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise InvalidInput(
+            "seqcore.distributed: needs a process group, got none; call torch.distributed.init_process_group first, in "
+            "processes started by torchrun"
+        )
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise InvalidInput(
+                f"seqcore.distributed: group must be a one-dimensional DeviceMesh, got {group.ndim} dimensions; pass "
+                "one of them, mesh['name']"
+            )
+        return group.get_group()
+    return dist.group.WORLD if group is None else group
+
+
+def check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise InvalidInput(f"seqcore.distributed: layout must be 'contiguous' or 'zigzag', got {layout!r}")
+
+
+def _chunks(rank: int, ranks: int, layout: str) -> tuple[int, ...]:
+    return (rank,) if layout == "contiguous" else (rank, 2 * ranks - 1 - rank)
+
+
+def shard_sequence(tensor: Tensor, dim: int, group: Group = None, layout: str = "contiguous") -> Tensor:
+    """This process's part of a tensor that all of them hold, along the sequence ``dim``; differentiable.
+
+    Args:
+        tensor: any shape; ``tensor.shape[dim]`` divides by the number of processes, twice that for "zigzag".
+        group: a process group or one-dimensional DeviceMesh, the default group if None.
+        layout: "contiguous" or "zigzag", see this module's head.
+
+    Raises:
+        InvalidInput: if the sequence does not divide.
+    """
+    check_layout(layout)
+    group = group_of(group)
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    count = ranks * (1 if layout == "contiguous" else 2)
+    if tensor.shape[dim] % count:
+        raise InvalidInput(
+            f"shard_sequence: {ranks} processes in {layout!r} layout take a length that {count} divides, got "
+            f"{tensor.shape[dim]}; pad it"
+        )
+    chunks = tensor.chunk(count, dim)
+    return torch.cat([chunks[i] for i in _chunks(rank, ranks, layout)], dim)
+
+
+def gather_sequence(tensor: Tensor, dim: int, group: Group = None, layout: str = "contiguous") -> Tensor:
+    """The whole of what :func:`shard_sequence` divided, on every process; not differentiable."""
+    check_layout(layout)
+    group = group_of(group)
+    ranks = dist.get_world_size(group)
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(ranks)]
+    dist.all_gather(parts, tensor.detach().contiguous(), group)
+    pieces = {}
+    for rank, part in enumerate(parts):
+        numbers = _chunks(rank, ranks, layout)
+        pieces |= dict(zip(numbers, part.chunk(len(numbers), dim), strict=True))
+    return torch.cat([pieces[i] for i in sorted(pieces)], dim)

@@ -1,0 +1,209 @@
+"""A stack of recurrent layers divided among processes, the sequence passing through in chunks of time.
+
+A recurrence waits for its own last step, but the next layer needs only what has come out so far. So with one layer (or
+a few) on each process, process r works on chunk k while process r + 1 works on chunk k - 1, and with K chunks the W
+processes are all at work but for W - 1 of K + W - 1 turns; forward, and once more backward, from the last chunk to the
+first. Source: Huang et al., "GPipe" (2019), over time instead of over the batch, which a recurrence's causality allows
+without changing the result.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import InvalidInput
+from .layout import Group, group_of
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class PipelineResult(NamedTuple):
+    """``output`` [T, B, …] and ``loss`` on the last process, None on others; ``hx`` the final state of own layers."""
+
+    output: Tensor | None
+    loss: Tensor | None
+    hx: State
+
+
+class TimePipeline:
+    """Run recurrent layers that stand on W processes, layer after layer, over chunks of a sequence.
+
+    Args:
+        module: this process's layers, a unidirectional ``seqcore.nn`` or ``torch.nn`` recurrent module. The first
+            process's takes the input, each other's the output of the one before.
+        steps: time steps in a chunk. Many chunks keep all processes at work, long ones spend less on each.
+        truncate: do not let gradients travel from one chunk to the one before (truncated backpropagation through time);
+            False gives the exact gradients of the whole sequence.
+        group: a process group or one-dimensional DeviceMesh, in the order of the layers; the default group if None.
+
+    Raises:
+        InvalidInput: for a bidirectional module, or ``steps`` below 1.
+    """
+
+    def __init__(self, module: nn.Module, steps: int, *, truncate: bool = False, group: Group = None) -> None:
+        if not isinstance(module, nn.RNNBase) or module.bidirectional:
+            raise InvalidInput(
+                f"TimePipeline: module must be a unidirectional recurrent module, got {module}; the reverse direction "
+                "begins where the sequence ends, so nothing can pass on before all is there"
+            )
+        if not isinstance(steps, int) or steps < 1:
+            raise InvalidInput(f"TimePipeline: steps must be a positive number of time steps, got {steps!r}")
+        self.module, self.steps, self.truncate = module, steps, truncate
+        self.group = group_of(group)
+        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._time = 1 if module.batch_first else 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.ranks - 1
+
+    def forward(self, input: Tensor | None = None, hx: State | None = None) -> PipelineResult:
+        """The output without gradients: ``input`` on the first process; ``hx`` this process's initial state."""
+        with torch.no_grad():
+            chunks = self._run(input, hx)
+        return self._result(chunks, None)
+
+    def step(
+        self, input: Tensor | None = None, hx: State | None = None, *, loss: Callable[[Tensor], Tensor] | None = None
+    ) -> PipelineResult:
+        """Forward and backward: gradients are added to the parameters' ``grad``, and to ``input``'s and ``hx``'s.
+
+        Args:
+            input: [T, B, I], in the module's layout, on the first process.
+            hx: this process's initial state, zeros if None.
+            loss: on the last process, the scalar loss of the whole output.
+
+        Raises:
+            InvalidInput: if input or loss is missing where it is needed.
+        """
+        if self.is_last and loss is None:
+            raise InvalidInput("TimePipeline.step: the last process needs loss=, a function of the whole output")
+        chunks = self._run(input, hx)
+        value, gradients = None, [None] * len(chunks)
+        if self.is_last:
+            output = torch.cat([chunk.output.detach() for chunk in chunks], self._time).requires_grad_()
+            value = loss(output)
+            value.backward()
+            gradients = output.grad.split(self.steps, self._time)
+        self._run_back(chunks, gradients, input, hx)
+        return self._result(chunks, None if value is None else value.detach())
+
+    def _run(self, input: Tensor | None, hx: State | None) -> list["_Chunk"]:
+        shape, dtype, device = self._incoming(input)
+        pieces = None if input is None else input.detach().split(self.steps, self._time)
+        train, chunks, sent, state = torch.is_grad_enabled(), [], [], hx
+        for begin in range(0, shape[self._time], self.steps):
+            if pieces is None:
+                size = [min(self.steps, n - begin) if dim == self._time else n for dim, n in enumerate(shape)]
+                x = torch.empty(size, dtype=dtype, device=device)
+                dist.recv(x, group=self.group, group_src=self.rank - 1)
+            else:
+                x = pieces[len(chunks)]
+            x.requires_grad_(train and (pieces is None or input.requires_grad))
+            state = _leaves(state, lambda t: train and (t.requires_grad if not chunks else not self.truncate))
+            y, after = self.module(x, state)
+            chunks.append(_Chunk(x, state, y, after))
+            if not self.is_last:
+                sent += self._send(y, shape, self.rank + 1, with_header=begin == 0)
+            state = after
+        for work in sent:
+            work.wait()
+        return chunks
+
+    def _run_back(self, chunks: list["_Chunk"], gradients: list, input: Tensor | None, hx: State | None) -> None:
+        sent, dstate = [], None
+        for chunk, dy in zip(reversed(chunks), reversed(gradients), strict=True):
+            if dy is None:
+                dy = torch.empty_like(chunk.output, memory_format=torch.contiguous_format)
+                dist.recv(dy, group=self.group, group_src=self.rank + 1)
+            pairs = [(chunk.output, dy)]
+            if dstate is not None:
+                pairs += [(t, g) for t, g in zip(_tensors(chunk.after), dstate, strict=True) if g is not None]
+            pairs = [(t, g) for t, g in pairs if t.requires_grad]
+            if pairs:
+                torch.autograd.backward(*zip(*pairs, strict=True))
+            if not self.is_first:
+                dx = torch.zeros_like(chunk.input) if chunk.input.grad is None else chunk.input.grad
+                sent += self._send(dx, None, self.rank - 1, with_header=False)
+            dstate = None if self.truncate else [t.grad for t in _tensors(chunk.before)]
+        for leaf, given in zip(_tensors(chunks[0].before), _tensors(hx), strict=True):
+            _accumulate(given, leaf.grad)
+        if input is not None and input.requires_grad:
+            _accumulate(input, torch.cat([chunk.input.grad for chunk in chunks], self._time))
+        for work in sent:
+            work.wait()
+
+    def _incoming(self, input: Tensor | None) -> tuple[list[int], torch.dtype, torch.device]:
+        """Shape, dtype and device of all that this process's layers will be given."""
+        device = next(self.module.parameters()).device
+        if self.is_first:
+            if input is None or input.dim() != 3:
+                got = "None" if input is None else f"{input.dim()} dimensions"
+                raise InvalidInput(f"TimePipeline: the first process needs a batched input of 3 dimensions, got {got}")
+            return list(input.shape), input.dtype, device
+        if input is not None:
+            raise InvalidInput(
+                f"TimePipeline: process {self.rank} takes its input from the one before, got one; pass it to process 0"
+            )
+        header = torch.empty(4, dtype=torch.int64, device=device)
+        dist.recv(header, group=self.group, group_src=self.rank - 1)
+        *shape, dtype = header.tolist()
+        return shape, _DTYPES[dtype], device
+
+    def _send(self, tensor: Tensor, shape: list[int] | None, to: int, with_header: bool) -> list["_Sent"]:
+        tensors = [tensor.detach().contiguous()]
+        if with_header:
+            whole = [shape[dim] if dim == self._time else n for dim, n in enumerate(tensor.shape)]
+            header = torch.tensor([*whole, _DTYPES.index(tensor.dtype)], device=tensor.device)
+            tensors.insert(0, header)
+        return [_Sent(t, dist.isend(t, group=self.group, group_dst=to)) for t in tensors]
+
+    def _result(self, chunks: list["_Chunk"], loss: Tensor | None) -> PipelineResult:
+        output = torch.cat([chunk.output.detach() for chunk in chunks], self._time) if self.is_last else None
+        return PipelineResult(output, loss, _leaves(chunks[-1].after, lambda _: False))
+
+
+class _Chunk(NamedTuple):
+    """What went through this process's layers: leaves of the graph, and what came out."""
+
+    input: Tensor
+    before: State | None
+    output: Tensor
+    after: State
+
+
+class _Sent(NamedTuple):
+    """A message on its way; what it sends is kept until it has gone."""
+
+    tensor: Tensor
+    work: dist.Work
+
+    def wait(self) -> None:
+        self.work.wait()
+
+
+def _tensors(state: State | None) -> tuple[Tensor, ...]:
+    return () if state is None else (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def _leaves(state: State | None, requires_grad: Callable[[Tensor], bool]) -> State | None:
+    """``state`` as new leaves of the graph."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return state.detach().requires_grad_(requires_grad(state))
+    return tuple(_leaves(t, requires_grad) for t in state)
+
+
+def _accumulate(tensor: Tensor, gradient: Tensor | None) -> None:
+    if gradient is not None and tensor.requires_grad:
+        tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
