@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,3 +50,14 @@ def test_cached_generation(capsys, monkeypatch):
     monkeypatch.setattr(example.RotaryPositions, "forward", lambda module, x, start: rotate(module, x, 0))
     with pytest.raises(AssertionError):
         example.main()
+
+
+def test_long_sequence(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "long_sequence.py")], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, 256 positions: attention equals one process's" in done.stdout
+    assert "2 layers, 8 chunks: gradients equal one process's" in done.stdout
