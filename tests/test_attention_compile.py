@@ -9,12 +9,13 @@ from seqcore import functional
 
 from .attention_twins import ends, qkv, results
 from .comparisons import assert_equal_in_float64
+from .compile_twins import Capture
 
 # Dynamo makes an instance of an autograd Function for itself, of which torch's own eager mode warns.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 DOUBLE = {"dtype": torch.float64}
-FORWARD = torch.ops.seqcore.attention_forward.default
+FORWARD, WEIGHTS = "attention_forward", "attention_weights"
 B, H, M, N, E = 2, 4, 5, 7, 12
 
 
@@ -23,22 +24,9 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def compiled(function, graphs=None, **options):
-    """``function`` as one graph; every graph handed to the compiler is also appended to ``graphs``."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    def keep(graph, inputs):
-        if graphs is not None:
-            graphs.append(graph)
-        return aot_eager(graph, inputs)
-
-    return torch.compile(function, backend=keep, fullgraph=True, **options)
-
-
-def operators(graphs):
-    """How many forward operators there are; a Function that takes gradients is a graph within the graph."""
-    inner = [module for graph in graphs for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
-    return sum(str(node.target) == "seqcore.attention_forward" for graph in inner for node in graph.graph.nodes)
+def compiled(function, capture=None, **options):
+    """``function`` as one graph."""
+    return torch.compile(function, backend=capture or Capture(), fullgraph=True, **options)
 
 
 MASK = torch.linspace(-3, 3, M * N, **DOUBLE).reshape(M, N)
@@ -71,10 +59,11 @@ ON_THE_REFERENCE = {
 @pytest.mark.parametrize("name", ON_THE_OPERATOR | ON_THE_REFERENCE)
 def test_function_compiles_whole_with_its_backward(name):
     options = (ON_THE_OPERATOR | ON_THE_REFERENCE)[name]
-    inputs, graphs = qkv(B, H, heads_kv=2 if options.get("enable_gqa") else H, M=M, N=N, **DOUBLE), []
-    actual = results(compiled(functional.attention, graphs), *inputs, **options)
+    inputs, capture = qkv(B, H, heads_kv=2 if options.get("enable_gqa") else H, M=M, N=N, **DOUBLE), Capture()
+    actual = results(compiled(functional.attention, capture), *inputs, **options)
     assert_equal_in_float64(actual, results(functional.attention, *inputs, **options))
-    assert len(graphs) == 1 and operators(graphs) == (name in ON_THE_OPERATOR)
+    expected = [FORWARD] * (name in ON_THE_OPERATOR) + [WEIGHTS] * ("return_weights" in options)
+    assert capture.forward == [expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -114,20 +103,20 @@ def module_results(module, function, inputs, **keywords):
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_module_compiles_whole_with_its_backward(flags, weights):
     module, inputs = module_and_inputs(flags)
-    graphs, padding = [], torch.arange(N).expand(B, N) > torch.tensor([[3], [N]])
+    capture, padding = Capture(), torch.arange(N).expand(B, N) > torch.tensor([[3], [N]])
     keywords = {"need_weights": weights, "key_padding_mask": padding}
-    actual = module_results(module, compiled(module, graphs), inputs, **keywords)
+    actual = module_results(module, compiled(module, capture), inputs, **keywords)
     assert_equal_in_float64(actual, module_results(module, module, inputs, **keywords))
-    assert len(graphs) == 1 and operators(graphs) == 1
+    assert capture.forward == [[FORWARD] + [WEIGHTS] * weights]
 
 
 @pytest.mark.parametrize("backend", ["reference", "aten"])
 def test_module_compiles_on_a_named_backend(backend):
     module, inputs = module_and_inputs({}, backend)
-    graphs = []
-    actual = module_results(module, compiled(module, graphs), inputs)
+    capture = Capture()
+    actual = module_results(module, compiled(module, capture), inputs)
     assert_equal_in_float64(actual, module_results(module, module, inputs))
-    assert operators(graphs) == 0
+    assert capture.forward == [[]]
 
 
 def test_dropout_compiles_and_draws_anew():
@@ -141,31 +130,29 @@ def test_dropout_compiles_and_draws_anew():
 def test_a_transformer_layer_compiles_whole():
     layer = nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True, **DOUBLE)
     layer.self_attn.__class__ = seqcore.nn.MultiheadAttention
-    x, graphs = torch.randn(B, M, E, **DOUBLE), []
+    x, capture = torch.randn(B, M, E, **DOUBLE), Capture()
     for training in (True, False):
         layer.train(training)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(layer, graphs)(x), layer(x))
-    assert operators(graphs) == 2
+            torch.testing.assert_close(compiled(layer, capture)(x), layer(x))
+    assert capture.forward == [[FORWARD]] * 2
 
 
 def test_packed_sequences_compile_whole():
-    inputs, graphs = qkv(H, heads_kv=2, M=M, N=N, **DOUBLE), []
+    inputs, capture = qkv(H, heads_kv=2, M=M, N=N, **DOUBLE), Capture()
     options = {"cu_seqlens_q": ends(2, 0, 3), "cu_seqlens_k": ends(3, 2, 2), "causal": "top_left", "enable_gqa": True}
-    actual = results(compiled(functional.attention, graphs), *inputs, **options)
+    actual = results(compiled(functional.attention, capture), *inputs, **options)
     assert_equal_in_float64(actual, results(functional.attention, *inputs, **options))
-    assert len(graphs) == 1 and operators(graphs) == 1
+    assert capture.forward == [[FORWARD]]
 
 
 def test_one_compile_serves_every_length():
-    graphs, compiles = [], None
-    run = compiled(functional.attention, graphs, dynamic=True)
+    capture = Capture()
+    run = compiled(functional.attention, capture, dynamic=True)
     for m, n in ((5, 7), (9, 4), (33, 12), (2, 2)):
         inputs = qkv(B, H, M=m, N=n, **DOUBLE)
         torch.testing.assert_close(run(*inputs), functional.attention(*inputs))
-        # Dynamo may start the first compile over.
-        compiles = compiles or len(graphs)
-    assert len(graphs) == compiles
+    assert capture.forward == [[FORWARD]]
 
 
 def test_under_autocast():
@@ -175,15 +162,6 @@ def test_under_autocast():
         expected = functional.attention(*inputs, return_lse=True)
     assert [t.dtype for t in actual] == [torch.bfloat16, torch.float32]
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-@pytest.mark.parametrize("weights", [True, False], ids=["weights", "no weights"])
-def test_module_exports_with_the_operator(weights):
-    module, inputs = module_and_inputs({})
-    program = torch.export.export(module.eval(), tuple(inputs), {"need_weights": weights})
-    assert [node.target for node in program.graph.nodes].count(FORWARD) == 1
-    actual, expected = program.module()(*inputs, need_weights=weights), module(*inputs, need_weights=weights)
-    torch.testing.assert_close(actual, expected)
 
 
 def test_export_with_a_dynamic_length():

@@ -1,17 +1,16 @@
-"""torch.compile and torch.export of the recurrences: one graph, one node a layer, one compile for all lengths."""
+"""torch.compile of the recurrences: one graph, one node a layer; every option, backend and transform."""
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import seqcore
 from seqcore import functional, use_backend
 
 from .comparisons import assert_equal_in_float64
-from .recurrence_twins import SINGLE, assert_alike, mapped, ours, packed, problem, results, tensors
+from .compile_twins import Capture
+from .recurrence_twins import SINGLE, assert_alike, ours, packed, problem, results
 
 MODULES = {
     "rnn_tanh": {},
@@ -44,23 +43,6 @@ def compiled(twin, backend="aot_eager", **options):
     return module
 
 
-class Capture:
-    """A compiler that runs what it is given as it is, and counts seqcore's operators in it."""
-
-    def __init__(self):
-        self.forward, self.backward = [], []
-        self.compiler = aot_autograd(fw_compiler=self.keep(self.forward), bw_compiler=self.keep(self.backward))
-
-    @staticmethod
-    def keep(graphs):
-        def compiler(graph, _inputs):
-            operators = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-            graphs.append([name for name in operators if name.startswith("seqcore.")])
-            return make_boxed_func(graph.forward)
-
-        return compiler
-
-
 # --- results -------------------------------------------------------------------------------------------------------
 
 
@@ -78,12 +60,6 @@ def test_cells(cell):
     module = compiled(twin)
     assert_alike(module, twin, x, hx)
     assert_alike(module, twin, x[0])
-
-
-@pytest.mark.parametrize("cell", ["gru", "lstm_proj"])
-def test_inductor(cell):
-    twin, x, hx = problem(cell, bidirectional=True)
-    assert_alike(compiled(twin, "inductor"), twin, x, hx)
 
 
 @pytest.mark.parametrize("lengths", [[3, 3, 2, 1, 1], [1, 3, 2, 3, 1]], ids=["sorted", "unsorted"])
@@ -137,40 +113,17 @@ def test_frozen_weights():
 def test_a_layer_is_one_node_whatever_the_length(cell):
     capture = Capture()
     twin, x, hx = problem(cell, T=17, **MODULES[cell])
-    results(compiled(twin, capture.compiler), x, hx)
-    assert capture.forward == [["seqcore.recurrence_forward.default"] * twin.num_layers]
-    assert capture.backward == [["seqcore.recurrence_backward.default"] * twin.num_layers]
+    results(compiled(twin, capture), x, hx)
+    assert capture.forward == [["recurrence_forward"] * twin.num_layers]
+    assert capture.backward == [["recurrence_backward"] * twin.num_layers]
 
 
 def test_a_step_is_one_node():
     capture = Capture()
-    module = compiled(nn.LSTMCell(4, 3), capture.compiler)
+    module = compiled(nn.LSTMCell(4, 3), capture)
     results(module, torch.randn(5, 4))
-    assert capture.forward == [["seqcore.recurrence_forward.default"]]
-    assert capture.backward == [["seqcore.recurrence_backward.default"]]
-
-
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
-def test_lengths_marked_dynamic_compile_once(cell):
-    counter = CompileCounterWithBackend("aot_eager")
-    twin, _, _ = problem(cell, num_layers=2, bidirectional=True)
-    module = compiled(twin, counter)
-    for T in (7, 3, 12):
-        x = torch.randn(T, 5, 4, requires_grad=True)
-        torch._dynamo.mark_dynamic(x, 0)
-        y, _ = module(x)
-        y.sum().backward()
-        torch.testing.assert_close(y, twin(x)[0])
-    assert counter.frame_count == 1
-
-
-def test_lengths_and_batches_become_dynamic_by_themselves():
-    counter = CompileCounterWithBackend("aot_eager")
-    twin, _, _ = problem("lstm")
-    module = compiled(twin, counter)
-    for T, B in ((7, 5), (4, 3), (12, 17), (3, 2)):
-        assert_alike(module, twin, torch.randn(T, B, 4))
-    assert counter.frame_count == 2
+    assert capture.forward == [["recurrence_forward"]]
+    assert capture.backward == [["recurrence_backward"]]
 
 
 def test_other_lengths_of_packed_sequences_compile_once_more_at_most():
@@ -189,7 +142,7 @@ def test_backend_chosen_inside():
     twin, x, _ = problem("gru")
     module, capture = ours(twin, None), Capture()
 
-    @torch.compile(fullgraph=True, backend=capture.compiler)
+    @torch.compile(fullgraph=True, backend=capture)
     def run(x):
         with use_backend("reference"):
             y, _ = module(x)
@@ -197,18 +150,18 @@ def test_backend_chosen_inside():
 
     expected = ours(twin, "reference")
     torch.testing.assert_close(run(x), expected(expected(x)[0][..., :4]))
-    assert capture.forward == [["seqcore.recurrence_forward.default"]]
+    assert capture.forward == [["recurrence_forward"]]
 
 
 def test_backend_chosen_outside_recompiles():
     twin, x, _ = problem("gru")
     capture = Capture()
-    module = compiled(twin, capture.compiler)
+    module = compiled(twin, capture)
     module(x)
     with use_backend("reference"):
         module(x)
     module(x)
-    assert capture.forward == [["seqcore.recurrence_forward.default"], []]
+    assert capture.forward == [["recurrence_forward"], []]
 
 
 def test_named_backend_that_cannot_serve_is_named_in_the_error():
@@ -240,29 +193,6 @@ def test_torch_func_inside(transform):
     twin, x, _ = problem("lstm", dtype=torch.float64)
     capture, transformed = Capture(), TRANSFORMS[transform]
     module, reference = ours(twin, None), ours(twin, "reference")
-    run = torch.compile(transformed(lambda x: module(x)[0].square().sum()), fullgraph=True, backend=capture.compiler)
+    run = torch.compile(transformed(lambda x: module(x)[0].square().sum()), fullgraph=True, backend=capture)
     torch.testing.assert_close(run(x), transformed(lambda x: reference(x)[0].square().sum())(x))
     assert not any(capture.forward)
-
-
-# --- export --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not_strict"])
-@pytest.mark.parametrize("cell", MODULES)
-def test_export(cell, strict):
-    twin, x, hx = problem(cell, **MODULES[cell])
-    module = ours(twin.eval(), None)
-    program = torch.export.export(module, (x, hx), strict=strict).run_decompositions()
-    operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert operators.count("seqcore.recurrence_forward.default") == twin.num_layers
-    torch.testing.assert_close(program.module()(x, hx), module(x, hx))
-
-
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not_strict"])
-def test_export_for_any_length(strict):
-    twin, x, hx = problem("lstm", T=7)
-    length = {"input": {0: torch.export.Dim("T", min=2)}, "hx": mapped(lambda t: {}, hx)}
-    program = torch.export.export(ours(twin, None), (x, hx), dynamic_shapes=length, strict=strict)
-    longer = torch.randn(23, 5, 4)
-    torch.testing.assert_close(tensors(program.module()(longer, hx)), tensors(twin(longer, hx)))

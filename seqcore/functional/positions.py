@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from ..reference.recurrence import wide
+from ..reference.sizes import is_among
 
 
 def sinusoidal_positions(
@@ -61,7 +62,7 @@ def rotary(
     dims = _check_rotary(x, positions, base, dims)
     angles = _angles(positions, dims, base)
     if positions.dim() == 2:
-        angles = angles.reshape(len(positions), *(1,) * (x.dim() - 3), *angles.shape[1:])
+        angles = angles.reshape(positions.shape[0], *(1,) * (x.dim() - 3), *angles.shape[1:])
     acc = wide(x.dtype)
     cos, sin = angles.cos().to(acc), angles.sin().to(acc)
     rotated, rest = x[..., :dims].to(acc), x[..., dims:]
@@ -128,7 +129,7 @@ def _check_rotary(x: Tensor, positions: Tensor, base: float, dims: int | None) -
     _check_positions("rotary", positions)
     (M, D), lead = x.shape[-2:], x.shape[:-2]
     allowed = ((M,), (lead[0], M)) if lead else ((M,),)
-    if tuple(positions.shape) not in allowed:
+    if not is_among(positions.shape, allowed):
         shapes = " or ".join(str(list(shape)) for shape in allowed)
         raise InvalidInput(f"rotary: positions must be {shapes} for x {list(x.shape)}, got {list(positions.shape)}")
     if positions.device != x.device:

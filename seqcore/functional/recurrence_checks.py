@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..cells import find
 from ..errors import InvalidInput
 from ..reference.recurrence import Weights, group, hidden_size
+from ..reference.sizes import is_zero
 from .autocast import target_dtype
 from .recurrence_problem import Options, Problem
 
@@ -49,7 +50,7 @@ def check_sequence(
             x = x.unsqueeze(1)
         elif batch_first:
             x = x.transpose(0, 1)
-        if x.shape[0] == 0:
+        if is_zero(x.shape[0]):
             raise InvalidInput(f"{name}: Expected sequence length to be larger than 0, got input {list(input.shape)}")
     directions = 2 if options.bidirectional else 1
     grouped = _check_weights(name, cell, x, weights, options.num_layers, options.bias, directions)

@@ -13,6 +13,7 @@ from ..backends import check_backend, resolve
 from ..errors import InvalidInput
 from ..functional.autocast import autocasting
 from ..reference.recurrence import wide
+from ..reference.sizes import is_among
 from .cache import KVCache
 from .positions import RotaryPositions
 
@@ -142,8 +143,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = _Masks(q, k, attn_mask, key_padding_mask, self.num_heads, batched)
         if self.bias_k is not None:
             # Cast last, so that under autocast the gradient is summed over the batch in the parameter's dtype.
-            k = torch.cat([k, self.bias_k.expand(len(k), 1, -1).to(k.dtype)], 1)
-            v = torch.cat([v, self.bias_v.expand(len(v), 1, -1).to(v.dtype)], 1)
+            k = torch.cat([k, self.bias_k.expand(k.shape[0], 1, -1).to(k.dtype)], 1)
+            v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1).to(v.dtype)], 1)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
@@ -292,7 +293,7 @@ class _Masks:
                 raise InvalidInput(f"MultiheadAttention: {name} must be a Tensor or None, got {type(mask).__name__}")
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise InvalidInput(f"MultiheadAttention: {name} must be bool or floating point, got {mask.dtype}")
-            if tuple(mask.shape) not in allowed[name]:
+            if not is_among(mask.shape, allowed[name]):
                 shapes = " or ".join(str(list(shape)) for shape in allowed[name])
                 raise InvalidInput(f"MultiheadAttention: {name} must be {shapes}, got {list(mask.shape)}")
         if attn_mask is not None and attn_mask.dim() == 3:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..errors import InvalidInput
 from ..functional.values import readable
+from ..reference.sizes import is_among
 
 
 class _AddedPositions(nn.Module):
@@ -177,13 +178,17 @@ def _positions(name: str, start: int | Tensor, length: int, batch: int | None, d
     steps = torch.arange(length, device=device)
     if isinstance(start, int | torch.SymInt):
         return start + steps
-    allowed = ((),) if batch is None else ((), (batch,))
-    shapes = " or ".join(str(list(shape)) for shape in allowed)
     if not isinstance(start, Tensor):
-        raise InvalidInput(f"{name}: start must be an int or a Tensor of integers {shapes}, got {start!r}")
-    if tuple(start.shape) not in allowed or start.dtype not in (torch.int32, torch.int64) or start.device != device:
+        raise InvalidInput(f"{name}: start must be an int or a Tensor of integers {_starts(batch)}, got {start!r}")
+    fits = is_among(start.shape, ((),) if batch is None else ((), (batch,)))
+    if not fits or start.dtype not in (torch.int32, torch.int64) or start.device != device:
         raise InvalidInput(
-            f"{name}: start must be an int or a Tensor of int32 or int64 {shapes} on {device}, got "
+            f"{name}: start must be an int or a Tensor of int32 or int64 {_starts(batch)} on {device}, got "
             f"{list(start.shape)} {start.dtype} on {start.device}"
         )
     return start[..., None] + steps
+
+
+def _starts(batch: int | None) -> str:
+    """The shapes that a start may have, for messages alone: to write a size out fixes it in a compiled graph."""
+    return "[]" if batch is None else f"[] or [{batch}]"

@@ -59,9 +59,10 @@ def _weights_backward(
 
 
 def _wanted(found, wanted, q, k, v, mask, slopes, sinks, *problem) -> tuple[Tensor, ...]:
+    """Contiguous, as a compiled graph was promised."""
     inputs = (q, k, v, mask, sinks)
     return tuple(
-        gradient if want else _empty(t, q) for gradient, want, t in zip(found, wanted, inputs, strict=True)
+        gradient.contiguous() if want else _empty(t, q) for gradient, want, t in zip(found, wanted, inputs, strict=True)
     )
 
 

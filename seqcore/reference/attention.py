@@ -23,6 +23,7 @@ from torch import Tensor
 from .philox import uniform
 from .precision import without_autocast
 from .recurrence import wide
+from .sizes import is_zero
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -199,9 +200,10 @@ def without_padding(tensor: Tensor, lengths: Tensor | None, rank: int = 4) -> Te
 
 def normalise(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, the log-sum-exp of each row, zeros and -inf where nothing may be seen; and ``Result.rows``."""
-    N, sink = logits.shape[-1], None if sinks is None else sinks.to(logits.dtype)[..., None]
+    sink = None if sinks is None else sinks.to(logits.dtype)[..., None]
+    no_keys = is_zero(logits.shape[-1])
     # The shift cancels out of every result, so it needs no gradient of its own.
-    shift = (logits.amax(-1) if N else logits.new_full(logits.shape[:-1], NEGATIVE_INFINITY)).detach()
+    shift = (logits.new_full(logits.shape[:-1], NEGATIVE_INFINITY) if no_keys else logits.amax(-1)).detach()
     shift = shift if sink is None else torch.maximum(shift, sink.detach())
     shift = torch.where(shift == NEGATIVE_INFINITY, 0, shift)
     exponentials = torch.exp(logits - shift[..., None])

@@ -1,0 +1,26 @@
+"""Looking at sizes, which a traced graph may leave open."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def is_zero(size: int) -> bool:
+    """Whether a tensor's ``size`` is 0; of one that a traced graph leaves open, the graph itself asserts otherwise."""
+    if not torch.compiler.is_compiling():
+        return size == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if statically_known_true(size == 0):
+        return True
+    torch._check(size != 0)
+    return False
+
+
+def is_among(shape: Sequence[int], allowed: Sequence[tuple[int, ...]]) -> bool:
+    """Whether ``shape`` is one of ``allowed``.
+
+    Tuples compare sizes before they compare ranks, and to a traced graph each comparison may be a condition: that T is
+    not B, say.
+    """
+    return any(len(shape) == len(each) and tuple(shape) == each for each in allowed)
