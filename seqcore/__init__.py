@@ -9,6 +9,7 @@ from .backends import Explanation, explain, use_backend
 from .cells import Cell
 from .errors import InvalidInput, UnsupportedInput
 from .kernels.tuning import Device
+from .truncation import truncated_bptt
 
 __version__ = "0.1.0"
 
@@ -21,5 +22,6 @@ __all__ = [
     "explain",
     "functional",
     "nn",
+    "truncated_bptt",
     "use_backend",
 ]

@@ -157,6 +157,15 @@ def transforms_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def _to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def _recording() -> bool:
+    """Whether torch.jit or the exporter to ONNX records operators, neither of which can hold ours."""
+    return torch.jit.is_tracing() or _to_onnx()
+
+
 def _missing(request: Request, served: dict[str, set[str]]) -> list[str]:
     return [feature for feature in request.features if feature not in served[request.family]]
 
@@ -213,6 +222,8 @@ def why_not_triton(request: Request) -> list[str]:
         reasons.append(f"needs head dims up to {MAX_HEAD_DIM}, got {request.head_dim}")
     if request.transformed:
         reasons.append("torch.func transforms and forward-mode AD cannot pass through a kernel")
+    if _recording():
+        reasons.append("TorchScript and ONNX cannot hold a kernel")
     return reasons
 
 
@@ -221,6 +232,8 @@ def why_not_aten(request: Request) -> list[str]:
     reasons = [f"torch's {request.operation} has no {feature}" for feature in _missing(request, ATEN_FEATURES)]
     if request.sharded and request.family == "recurrence":
         reasons.append("torch's recurrences take no DTensors")
+    if _to_onnx() and "proj_size" in request.features:
+        reasons.append("torch exports it to ONNX as an LSTM without its projection")
     return reasons
 
 
@@ -251,7 +264,7 @@ _WHY_NOT = {"triton": why_not_triton, "aten": why_not_aten, "reference": why_not
 def _automatic(request: Request) -> str:
     if request.transformed:
         return "reference"
-    if torch.compiler.is_compiling() or request.sharded:
+    if (torch.compiler.is_compiling() and not _recording()) or request.sharded:
         # torch's own recurrences unroll over time when compiled; ours is one node of the graph. And only operators of
         # ours know how to divide among processes.
         if not _why_not_operator(request):

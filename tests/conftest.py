@@ -18,6 +18,7 @@ os.environ["SEQCORE_CACHE"] = ""
 import pytest
 import torch
 
+from seqcore import backends
 from seqcore.devices import INTERPRETED
 
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -93,6 +94,12 @@ def processes():
 def device() -> torch.device:
     """Where this process's kernels run: the GPU, or the CPU when interpreted."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def by_the_function(monkeypatch):
+    """What a GPU's kernels go through, autograd.Functions over operators, for all calls of a test; on a CPU, too."""
+    monkeypatch.setattr(backends, "choose", lambda *_: "triton")
 
 
 @pytest.fixture(autouse=True)

@@ -61,3 +61,13 @@ def test_long_sequence(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 processes, 256 positions: attention equals one process's" in done.stdout
     assert "2 layers, 8 chunks: gradients equal one process's" in done.stdout
+
+
+def test_gradient_penalty(capsys, monkeypatch):
+    example = load("gradient_penalty")
+    example.main()
+    assert "the loss fell, and the slope is near 1" in capsys.readouterr().out
+    slopes = example.slopes
+    monkeypatch.setattr(example, "slopes", lambda critic, x: slopes(critic, x).detach())
+    with pytest.raises(AssertionError, match="did not learn"):
+        example.main()

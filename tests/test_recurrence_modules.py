@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 import seqcore
 from seqcore import use_backend
@@ -296,27 +295,6 @@ def test_isinstance_is_as_documented(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.orthogonal])
-@pytest.mark.parametrize("cell", ["gru", "lstm_proj"])
-def test_parametrized_weights(cell, parametrize, backend):
-    twin, x, hx = problem(cell, dtype=torch.float64)
-    module = ours(twin, backend)
-    for each in (module, twin):
-        torch.manual_seed(1)
-        parametrize(each, "weight_hh_l0")
-    assert_equal_in_float64(results(module, x, hx), results(twin, x, hx))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_parametrized_cell(backend):
-    twin, x = nn.LSTMCell(4, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
-    module = ours(twin, backend)
-    parametrizations.weight_norm(module, "weight_hh")
-    parametrizations.weight_norm(twin, "weight_hh")
-    assert_equal_in_float64(results(module, x), results(twin, x))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "LSTMCell"])
 def test_functional_call(name, backend):
     module, other = (getattr(seqcore.nn, name)(4, 3, backend=backend) for _ in range(2))
@@ -388,20 +366,6 @@ def test_torch_func_under_auto_takes_the_reference(cell):
     torch.testing.assert_close(slope, (gradient(reference) * tangent).sum())
     assert chosen(apart, x) == chosen(torch.func.grad(lambda x: loss(module, x)), x) == {"reference"}
     assert chosen(module, x) == {"aten"}
-
-
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
-def test_double_backward(cell, backend):
-    twin, x, _ = problem(cell, T=2, B=2, I=2, H=2, dtype=torch.float64)
-    module = ours(twin, backend)
-    assert torch.autograd.gradgradcheck(lambda x: tuple(tensors(module(x))), x.requires_grad_())
-
-
-@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
-def test_double_backward_of_cells(name):
-    module = getattr(seqcore.nn, name)(2, 3, dtype=torch.float64)
-    assert torch.autograd.gradgradcheck(module, torch.randn(2, 2, dtype=torch.float64).requires_grad_())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

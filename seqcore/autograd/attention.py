@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import attention as ops
 from ..reference import attention as reference
+from .batching import vmapped
 
 
 class Settings(NamedTuple):
@@ -25,7 +26,8 @@ class AttentionFunction(torch.autograd.Function):
     """(settings, q, k, v, mask, slopes, sinks, q_lengths, k_lengths, seed) -> out, lse, rows; see ``ops.attention``.
 
     Differentiable in q, k, v, an additive mask and sinks. With ``create_graph=True`` the gradient is computed by the
-    differentiable reference, so that it can be differentiated again.
+    differentiable reference, so that it can be differentiated again; and where many gradients are asked for at once
+    (``is_grads_batched``), which are vmapped.
     """
 
     @staticmethod
@@ -48,7 +50,7 @@ class AttentionFunction(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[i] for i in (1, 2, 3, 4, 6)]
         if (dout is None and dlse is None) or not any(wanted):
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or vmapped(dout, dlse):
             found = _differentiable_backward(ctx.settings, dout, dlse, wanted, tensors)
         else:
             found = ops.backward(dout, dlse, out, rows, wanted, *tensors, *ctx.settings)
@@ -58,7 +60,8 @@ class AttentionFunction(torch.autograd.Function):
 
 def _differentiable_backward(settings, dout, dlse, wanted, tensors):
     q, k, v, mask, _, sinks, *_ = tensors
-    result = reference.attention(q, k, v, **ops.named(*tensors[3:], *settings))
+    with torch.enable_grad():
+        result = reference.attention(q, k, v, **ops.named(*tensors[3:], *settings))
     # lse does not depend on v, and requires no gradient if v alone does.
     pairs = [(y, dy) for y, dy in ((result.out, dout), (result.lse, dlse)) if dy is not None and y.requires_grad]
     if not pairs:
@@ -85,8 +88,9 @@ class AverageWeightsFunction(torch.autograd.Function):
     def backward(ctx, dweights):
         q, k, v, *rest = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[2], ctx.needs_input_grad[3], False, *(ctx.needs_input_grad[i] for i in (5, 7))]
-        if torch.is_grad_enabled():
-            weights = reference.average_weights(q, k, **ops.named(*rest, *ctx.settings))
+        if torch.is_grad_enabled() or vmapped(dweights):
+            with torch.enable_grad():
+                weights = reference.average_weights(q, k, **ops.named(*rest, *ctx.settings))
             found = _gradients([(weights, dweights)], (q, k, v, rest[0], rest[2]), wanted)
         else:
             found = ops.weights_backward(dweights, wanted, q, k, v, *rest, *ctx.settings)
@@ -95,10 +99,11 @@ class AverageWeightsFunction(torch.autograd.Function):
 
 
 def _gradients(pairs, inputs, wanted):
-    """Gradients that can be differentiated again, of each input that is wanted, for (output, its gradient) in pairs."""
+    """Gradients of each input that is wanted, for (output, its gradient) in pairs; with a graph if it is asked for."""
     leaves = [t for t, want in zip(inputs, wanted, strict=True) if want]
     outputs, cotangents = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, leaves, cotangents, create_graph=True, allow_unused=True))
+    again = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(outputs, leaves, cotangents, create_graph=again, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 

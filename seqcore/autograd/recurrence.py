@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import cells
 from ..ops import recurrence as ops
 from ..reference import recurrence as reference
+from .batching import vmapped
 
 
 class Settings(NamedTuple):
@@ -30,7 +31,7 @@ class RecurrenceFunction(torch.autograd.Function):
     """(settings, save, x, h0, c0, batch_sizes, lengths, reset, *weights) -> y, h_n, c_n and what ``ops`` keeps.
 
     With ``create_graph=True`` the gradient is computed by the differentiable reference, so that it can be
-    differentiated again.
+    differentiated again; and where many gradients are asked for at once (``is_grads_batched``), which are vmapped.
     """
 
     @staticmethod
@@ -58,7 +59,7 @@ class RecurrenceFunction(torch.autograd.Function):
         dcells = dcells if settings.return_cells else None
         if dy is None and dh_n is None and dc_n is None and dcells is None:
             return (None,) * (8 + len(weights))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or vmapped(dy, dh_n, dc_n, dcells):
             dx, dh0, dc0, dweights = _differentiable_backward(
                 settings, x, h0, c0, batch_sizes, lengths, reset, weights, (dy, dh_n, dc_n, dcells),
                 ctx.needs_input_grad,
@@ -74,11 +75,13 @@ class RecurrenceFunction(torch.autograd.Function):
 
 
 def _differentiable_backward(settings, x, h0, c0, batch_sizes, lengths, reset, weights, grads, needs):
+    again = torch.is_grad_enabled()
     steps = reference.padded_steps(*x.shape[:2]) if batch_sizes is None else reference.packed_steps(batch_sizes)
     grouped = reference.group(weights, settings.directions, settings.bias)
-    y, h_n, c_n, all_c = reference.layer(
-        settings.cell, x, h0, c0, grouped, steps, lengths, reset, settings.grad_clip
-    )
+    with torch.enable_grad():
+        y, h_n, c_n, all_c = reference.layer(
+            settings.cell, x, h0, c0, grouped, steps, lengths, reset, settings.grad_clip
+        )
     if all_c is not None:
         all_c = all_c.flatten(0, -2)
     pairs = [
@@ -90,7 +93,7 @@ def _differentiable_backward(settings, x, h0, c0, batch_sizes, lengths, reset, w
     wanted = [i for i, need in enumerate((*needs[2:5], *needs[8:])) if need]
     found = torch.autograd.grad(
         [out for out, _ in pairs], [inputs[i] for i in wanted], [grad for _, grad in pairs],
-        create_graph=True, allow_unused=True,
+        create_graph=again, allow_unused=True,
     )  # fmt: skip
     gradients: list[Tensor | None] = [None] * len(inputs)
     for i, gradient in zip(wanted, found, strict=True):

@@ -12,6 +12,7 @@ from ..reference.recurrence import Weights, group, hidden_size
 from ..reference.sizes import is_zero
 from .autocast import target_dtype
 from .recurrence_problem import Options, Problem
+from .values import readable
 
 
 def check_sequence(
@@ -296,8 +297,8 @@ def _check_lengths(name: str, lengths: Tensor | None, x: Tensor) -> Tensor | Non
         raise InvalidInput(f"{name}: lengths must be integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
         raise InvalidInput(f"{name}: lengths must be [{batch}], one a sequence, got {list(lengths.shape)}")
-    # Values on a GPU are not looked at, which would wait for it; there, too long means T and negative means 0.
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+    # Values that are not looked at may be anything: too long means T, and negative means 0.
+    if readable(lengths) and batch:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > time:
             raise InvalidInput(f"{name}: lengths must lie in 0 … {time}, got {low} … {high}")

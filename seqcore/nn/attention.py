@@ -16,9 +16,10 @@ from ..reference.recurrence import wide
 from ..reference.sizes import is_among
 from .cache import KVCache
 from .positions import RotaryPositions
+from .scripting import NotScriptable
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` with a choice of backend; goes into torch's Transformer layers.
 
     Each head attends as softmax(q k^T / sqrt(d) + mask) v over projections of query, key and value; the heads are

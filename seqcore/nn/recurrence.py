@@ -12,9 +12,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
 from ..backends import check_backend
+from .scripting import NotScriptable
 
 
-class _Recurrent(nn.RNNBase):
+class _Recurrent(NotScriptable, nn.RNNBase):
     # Class-level defaults, so that an instance made by torch.nn and given this class works.
     backend: str | None = None
     blocks: int = 1
@@ -188,7 +189,7 @@ class LSTM(_Recurrent):
         )
 
 
-class _Backend:
+class _Backend(NotScriptable):
     """The ``backend`` option of the Cells, whose constructors are otherwise torch's."""
 
     backend: str | None = None

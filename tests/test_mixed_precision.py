@@ -1,0 +1,162 @@
+"""torch.autocast and torch.amp.GradScaler: every module casts and trains as torch's do."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector
+
+from seqcore.testing.budget import assert_within_budget
+
+from .comparisons import cotangents
+from .every_module import EVERY, given, outputs, twin
+from .recurrence_twins import ours, tensors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    # What torch says about itself when oneDNN's switches are set.
+    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
+]
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(params=HALVES.values(), ids=HALVES)
+def half(request):
+    return request.param
+
+
+@pytest.fixture
+def without_onednn():
+    """Which has no LSTM in float16 for some CPUs, and raises where autocast asks it for one."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_torchs_operators_cast_as_in_torchs_modules(name, half, without_onednn):
+    theirs, x = twin(name), given(name)
+    with torch.autocast("cpu", half):
+        found, expected = outputs(ours(theirs, "aten"), x), outputs(theirs, x)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def check_casts(module, name, half):
+    """Under autocast ``module`` is bit for bit itself in the lower precision, its gradients in the higher."""
+    x, lower = given(name), copy.deepcopy(module).to(half)
+    with torch.autocast("cpu", half):
+        found = outputs(module, x)
+    expected = outputs(lower, x.to(half))
+    assert all(a.dtype == half and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    gradients, lowered = (
+        torch.autograd.grad(outs, list(each.parameters()), cotangents(outs), materialize_grads=True)
+        for outs, each in ((found, module), (expected, lower))
+    )
+    for gradient, low in zip(gradients, lowered, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.to(half), low)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_reference_computes_in_the_lower_precision(name, half):
+    """All of it, on every device, as torch does on a GPU; on a CPU it leaves parts of the GRU and LSTM in float32."""
+    check_casts(ours(twin(name), "reference"), name, half)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_functions_compute_in_the_lower_precision(name, half, by_the_function):
+    check_casts(ours(twin(name), None), name, half)
+
+
+# What torch's own compiler does to itself.
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+def test_compiled_modules_compute_in_the_lower_precision():
+    """Where torch on a CPU leaves the GRU in float32, as "auto" does in eager mode."""
+    module, x = ours(twin("gru"), None), given("gru")
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+        assert {t.dtype for t in tensors(compiled)} == {torch.bfloat16}
+        assert {t.dtype for t in tensors(module(x))} == {torch.float32}
+
+
+# --- training with a scaler ----------------------------------------------------------------------------------------
+
+STEPS_OF_TRAINING = 3
+
+
+def trained(module, forward, x, scaler):
+    """The parameters, one vector, after some steps, the first of which overflows and is left out."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    before = copy.deepcopy(module.state_dict())
+    for step in range(STEPS_OF_TRAINING):
+        optimizer.zero_grad()
+        loss = sum(out.to(torch.float32).square().mean() for out in forward(x))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 0:
+            assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+            assert scaler.get_scale() == 2.0**10
+    return parameters_to_vector(module.parameters()).detach()
+
+
+def overflowing_scaler():
+    return torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+
+
+def trained_in_float64(module, x):
+    """As ``trained`` without a scaler: the steps that count."""
+    module, x = copy.deepcopy(module).double(), x.double()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(STEPS_OF_TRAINING - 1):
+        optimizer.zero_grad()
+        sum(out.square().mean() for out in outputs(module, x)).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+    return parameters_to_vector(module.parameters()).detach()
+
+
+def lowered(module):
+    """``module`` run in float16 as autocast does it on a GPU, all of it in the lower precision."""
+
+    def forward(x):
+        parameters = {name: value.half() for name, value in module.named_parameters()}
+        arguments = (x.half(),) * (3 if isinstance(module, torch.nn.MultiheadAttention) else 1)
+        return tensors(functional_call(module, parameters, arguments))
+
+    return forward
+
+
+def check_training(name, backend, device="cpu"):
+    theirs = twin(name).to(device)
+    module, x = ours(theirs, backend), given(name, T=5, B=16).to(device)
+    exact = trained_in_float64(theirs, x)
+
+    def autocast(x):
+        with torch.autocast(x.device.type, torch.float16):
+            return outputs(module, x)
+
+    found = trained(module, autocast, x, overflowing_scaler())
+    assert_within_budget(found, exact, trained(theirs, lowered(theirs), x, overflowing_scaler()))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_scaler_trains_the_reference(name):
+    check_training(name, "reference")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_scaler_trains_the_functions(name, by_the_function):
+    check_training(name, None)
+
+
+# An interpreted kernel computes by NumPy, which remarks on the gradients that overflow here.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["gru", "lstm cell", "attention"])
+def test_a_scaler_trains_the_kernels(name, device):
+    check_training(name, "triton", device)
