@@ -1,7 +1,8 @@
 """seqcore: fused Triton kernels for recurrence and attention, beside plain-PyTorch references.
 
 ``seqcore.nn`` takes the place of ``torch.nn``'s recurrent and attention modules, ``seqcore.functional`` holds the same
-as functions, ``seqcore.use_backend`` chooses who computes, ``seqcore.explain`` tells who would and why not the others.
+as functions, ``seqcore.use_backend`` chooses who computes, ``seqcore.explain`` tells who would and why not the others,
+``seqcore.replace`` puts all that into a model that exists.
 """
 
 from . import functional, nn
@@ -9,6 +10,8 @@ from .backends import Explanation, explain, use_backend
 from .cells import Cell
 from .errors import InvalidInput, UnsupportedInput
 from .kernels.tuning import Device
+from .replacement import replace, restore
+from .sdpa import replace_sdpa
 from .truncation import truncated_bptt
 
 __version__ = "0.1.0"
@@ -22,6 +25,9 @@ __all__ = [
     "explain",
     "functional",
     "nn",
+    "replace",
+    "replace_sdpa",
+    "restore",
     "truncated_bptt",
     "use_backend",
 ]

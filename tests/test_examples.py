@@ -11,6 +11,7 @@ import pytest
 import triton
 import triton.language as tl  # noqa: F401  (the interpreter looks for it)
 
+import seqcore
 from seqcore.testing import check_cell
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -70,4 +71,16 @@ def test_gradient_penalty(capsys, monkeypatch):
     slopes = example.slopes
     monkeypatch.setattr(example, "slopes", lambda critic, x: slopes(critic, x).detach())
     with pytest.raises(AssertionError, match="did not learn"):
+        example.main()
+
+
+def test_replace_in_place(capsys, monkeypatch):
+    example = load("replace_in_place")
+    example.main()
+    out = capsys.readouterr().out
+    assert "+ reader     torch.nn.LSTM -> seqcore.nn.LSTM" in out
+    assert "the parameters equal those of training without the swap" in out
+    forward = seqcore.nn.LSTM.forward
+    monkeypatch.setattr(seqcore.nn.LSTM, "forward", lambda module, x: (2 * forward(module, x)[0],))
+    with pytest.raises(AssertionError, match="reader"):
         example.main()

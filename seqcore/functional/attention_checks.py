@@ -108,6 +108,11 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise InvalidInput(f"{NAME}: {name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested:
+            raise InvalidInput(
+                f"{NAME}: {name} must not be a nested tensor; pass padded tensors and key_lengths, or sequences end to "
+                "end and cu_seqlens"
+            )
         if tensor.dim() < 2:
             raise InvalidInput(f"{NAME}: {name} must be at least 2-D, [*, rows, head dim], got {list(tensor.shape)}")
         if not tensor.is_floating_point():
