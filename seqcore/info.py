@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, devices, kernels
+from . import __version__, backends, capabilities, devices, kernels
 from .kernels import tables
 
 
@@ -103,15 +103,15 @@ OPERATIONS = (("recurrence", "rnn_tanh"), ("recurrence", "gru"), ("recurrence", 
 
 
 def _backends(device: backends.Device, family: str, operation: str) -> dict[str, Any]:
-    request = backends.Request(family, operation, device, torch.float32)
+    request = capabilities.Request(family, operation, device, torch.float32)
     served = {
-        "triton": {"can": not backends.why_not_triton(request), "why_not": backends.why_not_triton(request)},
+        "triton": {"can": not capabilities.why_not_triton(request), "why_not": capabilities.why_not_triton(request)},
         "aten": {"can": True, "why_not": []},
         "reference": {"can": True, "why_not": []},
     }
     lacking = {
-        "triton": sorted(backends.ATEN_FEATURES[family] - backends.TRITON_FEATURES[family]),
-        "aten": sorted(backends.TRITON_FEATURES[family] - backends.ATEN_FEATURES[family]),
+        "triton": sorted(capabilities.ATEN_FEATURES[family] - capabilities.TRITON_FEATURES[family]),
+        "aten": sorted(capabilities.TRITON_FEATURES[family] - capabilities.ATEN_FEATURES[family]),
     }
     return {"operation": operation, "auto": backends.choose(request, "auto"), **served, "lacking": lacking}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqcore import UnsupportedInput, backends
+from seqcore import UnsupportedInput, capabilities
 from seqcore.testing.budget import assert_within_budget
 
 from .every_module import EVERY, WIDTH, given, outputs, twin
@@ -86,14 +86,14 @@ def test_kernels_asked_for_by_name_are_not_traced(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_what_is_exported_to_onnx_holds_no_operator_of_ours(name, monkeypatch):
     """As the exporter sees it, which need not be installed."""
-    monkeypatch.setattr(backends, "_to_onnx", lambda: True)
+    monkeypatch.setattr(capabilities, "_to_onnx", lambda: True)
     program = torch.export.export(around(name), (given(name),), strict=False)
     assert not [node for node in program.graph.nodes if "seqcore" in str(node.target)]
 
 
 def test_a_projection_is_not_left_to_torchs_exporter(monkeypatch):
     """Where we are told that it exports: it captures by Dynamo, which does not tell, what it could not otherwise."""
-    monkeypatch.setattr(backends, "_to_onnx", lambda: True)
+    monkeypatch.setattr(capabilities, "_to_onnx", lambda: True)
     with pytest.raises(UnsupportedInput, match="torch exports it to ONNX as an LSTM without its projection"):
         torch.export.export(around("lstm_proj", "aten"), (given("lstm_proj"),), strict=False)
 

@@ -113,7 +113,7 @@ def test_every_requirement_is_pinned():
 # Imports run from the left to the right and never back; what shares a place does not import its neighbour.
 LAYERS = (
     ("replacement",), ("integrations", "sdpa", "truncation", "distributed"), ("nn",), ("functional",), ("autograd",),
-    ("ops",), ("reference", "backends"), ("kernels", "errors"),
+    ("ops",), ("reference", "backends"), ("capabilities",), ("kernels", "errors"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

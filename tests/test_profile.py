@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from seqcore import backends, cli, profiling
+from seqcore import capabilities, cli, profiling
 from seqcore.errors import InvalidInput
 from seqcore.kernels.tuning import Device
 from seqcore.profiling import kernel_tree, problems, session, split, trace
@@ -28,7 +28,7 @@ def small(op="lstm", **options):
 @no_gpu
 def test_command_writes_a_trace_with_the_operation_s_range(monkeypatch, tmp_path, capsys):
     # On a CPU the operators themselves take the reference's formulas.
-    monkeypatch.setattr(backends, "why_not_triton", lambda request: [])
+    monkeypatch.setattr(capabilities, "why_not_triton", lambda request: [])
     out = tmp_path / "here"
     sizes = ["--T", "3", "--B", "2", "--H", "8", "--repeats", "2"]
     assert cli.main(["profile", "gru", *sizes, "--pass", "training", "--backend", "triton", "--out", str(out)]) == 0

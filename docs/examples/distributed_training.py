@@ -8,6 +8,7 @@ of a run that nothing has happened to. So they are, but for roundings, with anot
 """
 
 import argparse
+import gc
 import os
 from pathlib import Path
 
@@ -108,6 +109,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     train(options.strategy, options.folder, options.steps, options.save_every, device)
+    # The divided model holds the group, in cycles: a group that outlives Python may abort the process.
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends import transforms_active
+from ..capabilities import transforms_active
 
 # The vmap behind is_grads_batched is older than torch.func, and marks its tensors by this key alone.
 _BATCHED = torch._C._dispatch_key_parse("Batched")

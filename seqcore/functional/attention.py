@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import backends, devices
 from ..autograd import attention as autograd
+from ..capabilities import Request, transforms_active
 from ..reference import attention as reference
 from .attention_checks import Problem, check_attention
 from .autocast import cast, target_dtype
@@ -155,7 +156,7 @@ def check_operator(
     return problem.scale
 
 
-def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> backends.Request:
+def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> Request:
     mask, slopes = problem.mask, problem.options["alibi_slopes"]
     features = {
         "causal top_left": problem.causal == "top_left",
@@ -178,14 +179,14 @@ def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> 
         **{name: problem.options[name] is not None for name in ("query_lengths", "key_lengths", "cu_seqlens_q")},
         "softcap": problem.options["softcap"] > 0,
     }
-    return backends.Request(
+    return Request(
         family="attention",
         operation="attention",
         device=devices.describe(problem.query.device),
         dtype=target_dtype(problem.query),
         features=tuple(name for name, present in features.items() if present),
         head_dim=max(problem.query.shape[-1], problem.value.shape[-1]),
-        transformed=backends.transforms_active(),
+        transformed=transforms_active(),
         sharded=sharded(problem.query, problem.key, problem.value, mask),
     )
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import backends, devices
 from ..autograd import recurrence as autograd
+from ..capabilities import Request, transforms_active
 from ..cells import BUILT_IN, Cell, find
 from ..kernels.recurrence.plan import Shape
 from ..reference import recurrence as reference
@@ -199,7 +200,7 @@ def _sequence(cell: str, input, hx, weights, options: Options, backend: str | No
     return problem.finish(y, h_n, c_n, cells if options.return_cells else None)
 
 
-def _request(problem: Problem, options: Options) -> backends.Request:
+def _request(problem: Problem, options: Options) -> Request:
     cell = find(problem.cell)
     features = {
         "packed input": problem.batch_sizes is not None,
@@ -213,14 +214,14 @@ def _request(problem: Problem, options: Options) -> backends.Request:
         "a cell of one's own": cell not in BUILT_IN,
         "a cell without reference_backward": cell.reference_backward is None,
     }
-    return backends.Request(
+    return Request(
         family="recurrence",
         operation=problem.cell,
         device=devices.describe(problem.x.device),
         dtype=target_dtype(problem.x),
         features=tuple(name for name, present in features.items() if present),
         shape=None if torch.compiler.is_compiling() else _shape(problem),
-        transformed=backends.transforms_active(),
+        transformed=transforms_active(),
         sharded=sharded(problem.x, problem.h0, problem.weights[0][0].w_ih),
     )
 

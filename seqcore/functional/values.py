@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends import transforms_active
+from ..capabilities import transforms_active
 
 
 def readable(tensor: Tensor) -> bool:

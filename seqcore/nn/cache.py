@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..backends import transforms_active
+from ..capabilities import transforms_active
 from ..errors import InvalidInput
 from ..functional.values import readable
 

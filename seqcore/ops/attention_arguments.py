@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import MAX_HEAD_DIM
+from ..capabilities import MAX_HEAD_DIM
 from ..devices import describe
 from ..errors import UnsupportedInput
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import KERNEL_DTYPES
+from ..capabilities import KERNEL_DTYPES
 from ..devices import INTERPRETED, describe
 from ..reference.precision import without_autocast
 
