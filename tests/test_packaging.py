@@ -183,6 +183,7 @@ print(torch.cuda.is_initialized())
     roots = {name.split(".")[0] for name in brought.split()}
     assert "seqcore" in roots
     assert not roots & {"triton", "benchmarks", "matplotlib", "pytest", "tqdm", "transformers", "torchrl", "tensordict"}
+    assert not [name for name in brought.split() if name.startswith("torch.distributed.tensor")]
     assert initialised == "False"
 
 

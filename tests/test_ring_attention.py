@@ -133,7 +133,11 @@ def dropout_job():
     alike = [torch.zeros_like(t) for t in local[:2]]
     kept = ulysses_attention(*alike, ones, enable_gqa=True, dropout_p=0.5, dropout_seed=3)
     heads = H // dist.get_world_size()
-    assert not torch.equal(kept[:, :heads], kept[:, heads : 2 * heads])
+    # Of the processes' seeds, which they drew alike, as of one that was given.
+    torch.manual_seed(5)
+    drawn = ulysses_attention(*alike, ones, enable_gqa=True, dropout_p=0.5)
+    for found in (kept, drawn):
+        assert not torch.equal(found[:, :heads], found[:, heads : 2 * heads])
 
 
 def test_ulysses_dropout_repeats_and_differs_between_processes(processes):
@@ -176,6 +180,15 @@ def test_zigzag_gives_every_process_the_same_work():
     assert even == whole.flops(4096 * 4097 / 2, "forward") / 4
     # The last of four processes sees keys 1 … 4 of 4, all processes together 1, 2, 3 and 4, in halves of the diagonal.
     assert uneven / even == pytest.approx(3.5 / 2, rel=1e-3)
+
+
+def test_a_ring_waits_for_less_the_longer_its_parts_are():
+    """By the rule of docs/distributed.md: at least (2/e) (H/H_kv) (M/W) flops for each byte sent forward."""
+    for length in (1024, 8192):
+        whole = cost.Sequence(1, H, H_KV, length, length, 64, 64, 2)
+        ring = cost.ring_attention(whole, 4, "forward")
+        assert ring.flops / ring.bytes == pytest.approx(H / H_KV * length / 4 * 4 / 3)
+        assert ring.waiting(ring.flops, ring.bytes) == 1 and ring.waiting(ring.flops, 2 * ring.bytes) == 0.5
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

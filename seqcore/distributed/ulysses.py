@@ -30,7 +30,7 @@ def ulysses_attention(
             the same shapes, or wait for each other in vain.
         **options: those of ``functional.attention``, about the whole sequence and all heads, the same on every process:
             masks [*, M, N], lengths, windows, slopes and sinks [H]. The gradients of masks, slopes and sinks are this
-            process's part, to be summed over all. Dropout draws per process; ``dropout_seed`` makes it repeatable. Not
+            process's part, to be summed over all. Dropout is repeatable by ``dropout_seed``, but not one process's. Not
             ``return_weights`` and ``cu_seqlens``.
 
     Returns:
@@ -54,6 +54,8 @@ def ulysses_attention(
     for name in ("return_weights", "cu_seqlens_q", "cu_seqlens_k"):
         if options.get(name) is not None:
             raise InvalidInput(f"ulysses_attention: takes no {name}; gather the sequence for functional.attention")
+    if options.get("dropout_p") and options.get("dropout_seed") is None:
+        options["dropout_seed"] = torch.randint(2**62, (1,), device=query.device)
     options |= _of_heads(options, query.shape[1], rank, ranks)
     found = functional.attention(*(_exchange(t, 1, 2, group) for t in (query, key, value)), **options)
     if not options.get("return_lse"):
