@@ -10,10 +10,11 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Listener, wait
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,23 @@ class Processes:
         """What ``job(*arguments)`` returned in each process, by rank. Raises AssertionError if it raised in one."""
         for connection in self._connections:
             connection.send((job.__module__, job.__name__, pickle.dumps(arguments)))
-        answers = []
-        for rank, connection in enumerate(self._connections):
-            try:
-                answers.append(pickle.loads(connection.recv_bytes()) if connection.poll(TIMEOUT) else None)
-            except (EOFError, ConnectionError):
-                answers.append(None)
-            if answers[-1] is None:
-                # The others may wait for this one, so none of them is of any use now.
+        answers: dict[int, Any] = {}
+        waiting, end = dict(zip(self._connections, range(self.size), strict=True)), time.monotonic() + TIMEOUT
+        while waiting:
+            # Whoever fails first says why; the others may be waiting for it, and are of no use any more.
+            ready = wait(waiting, timeout=max(end - time.monotonic(), 0))
+            failure = None if ready else f"no answer of ranks {[*waiting.values()]} in {TIMEOUT} s"
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    ok, answers[rank] = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    ok, answers[rank] = False, "the process ended"
+                failure = failure if ok else f"rank {rank}:\n{answers[rank]}"
+            if failure:
                 self.close()
-                raise AssertionError(f"rank {rank} of {self.size} gave no answer to {job.__name__} in {TIMEOUT} s")
-        if failures := [f"rank {rank}:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]:
-            self.close()
-            raise AssertionError("\n".join(failures))
-        return [answer for _, answer in answers]
+                raise AssertionError(f"{job.__name__} on {self.size} processes: {failure}")
+        return [answers[rank] for rank in range(self.size)]
 
     @property
     def alive(self) -> bool:

@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.utils.rnn import PackedSequence
 
 import seqcore
 from seqcore.functional import attention
-from seqcore.testing.traffic import Traffic
 
 from .attention_twins import qkv
 from .comparisons import cotangents
@@ -91,9 +92,12 @@ def two_dimensions_job():
     on = mesh(2, 2, names=("data", "heads"))
     leaves = [t.requires_grad_() for t in qkv(B, H, heads_kv=H_KV, M=M, N=M, **DOUBLE)]
     parts = divided(leaves, on, [Shard(0), Shard(1)])
-    with Traffic() as traffic:
+    with CommDebugMode() as said:
         actual = attention(*parts, causal="top_left", window=(2, None), enable_gqa=True)
-    assert actual.placements == (Shard(0), Shard(1)) and traffic.total == 0
+    assert actual.placements == (Shard(0), Shard(1)) and said.get_total_counts() == 0
+    with CommDebugMode() as said:
+        attention(*divided(leaves, on, [Shard(2), Shard(1)]), enable_gqa=True)
+    assert said.get_total_counts() > 0
     expected = attention(*leaves, causal="top_left", window=(2, None), enable_gqa=True)
     assert_whole([actual], [expected])
     assert_whole(gradients([actual], parts), gradients([expected], leaves))
@@ -129,6 +133,92 @@ def test_dropout_differs_between_processes(processes):
     processes(2).run(dropout_job)
 
 
+def mesh_dropout_job():
+    """Each of four processes has its own part, and drops by itself; backward drops what forward did."""
+    on, size = mesh(2, 2), 16
+    ones = torch.ones(2, 2, size, size, **DOUBLE)
+    q, k, v = divided([torch.zeros_like(ones)] * 2 + [ones], on, [Shard(0), Shard(1)])
+    out = attention(q, k, v, dropout_p=0.5, dropout_seed=3)
+    rows = out.full_tensor()[..., 0].flatten(0, 1)
+    assert len({tuple(row.tolist()) for row in rows}) == 4
+    (dv,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close(dv.full_tensor().sum((2, 3)), out.full_tensor().sum((2, 3)))
+
+
+def test_dropout_on_a_mesh_of_two_dimensions(processes):
+    processes(4).run(mesh_dropout_job)
+
+
+def gradients_placed_otherwise_job():
+    """A whole call's gradients may come divided, and a divided call's whole."""
+    on = mesh(2)
+    module = ours(torch_module("gru", hidden=6, **DOUBLE), None)
+    x, weight = torch.randn(5, 4, 4, **DOUBLE), torch.randn(5, 4, 6, **DOUBLE)
+    expected = torch.autograd.grad((module(x)[0] * weight).sum(), list(module.parameters()))
+    distribute_module(module, on)
+    q = torch.randn(B, H, M, M, **DOUBLE)
+    mixed = torch.randn(B, H, M, M, **DOUBLE)
+    options = {"dropout_p": 0.5, "dropout_seed": 3}
+    for placement in (Replicate(), Shard(1), Shard(0)):
+        for coming in (Replicate(), Shard(1)):
+            y = module(distribute_tensor(x, on, [placement]))[0]
+            found = torch.autograd.grad((y * distribute_tensor(weight, on, [coming])).sum(), list(module.parameters()))
+            assert_whole(found, expected)
+        (v,) = divided([q], on, [placement])
+        out = attention(v.detach(), v.detach(), v, **options)
+        dv = [
+            torch.autograd.grad(out, v, distribute_tensor(mixed, on, [coming]), retain_graph=True)[0].full_tensor()
+            for coming in (Replicate(), Shard(0), Shard(1))
+        ]
+        torch.testing.assert_close(dv[1:], dv[:1] * 2)
+
+
+def test_gradients_may_be_placed_otherwise_than_results(processes):
+    processes(2).run(gradients_placed_otherwise_job)
+
+
+def packed_job():
+    """What is laid end to end, or brings states to reset to, is divided by heads alone, or not at all."""
+    on = mesh(2)
+    leaves = [t.requires_grad_() for t in qkv(H, heads_kv=H_KV, M=7, N=7, **DOUBLE)]
+    options = {"cu_seqlens_q": torch.tensor([0, 3, 7]), "cu_seqlens_k": torch.tensor([0, 3, 7]), "enable_gqa": True}
+    for placement in (Shard(0), Shard(1)):
+        parts = divided(leaves, on, [placement])
+        actual, expected = attention(*parts, **options), attention(*leaves, **options)
+        assert_whole([actual], [expected])
+        assert_whole(gradients([actual], parts), gradients([expected], leaves))
+    module = ours(torch_module("gru", hidden=6, **DOUBLE), None)
+    x, reset = torch.randn(5, 4, 4, **DOUBLE), torch.rand(5, 4) < 0.4
+    hx, reset_hx = torch.randn(2, 1, 4, 6, **DOUBLE)
+    data, sizes = torch.randn(6, 4, **DOUBLE), torch.tensor([3, 2, 1])
+    expected = module(x, hx, reset=reset, reset_hx=reset_hx)[0], module(PackedSequence(data, sizes))[0].data
+    distribute_module(module, on)
+    place = lambda t, *dims: distribute_tensor(t, on, [Shard(*dims) if dims else Replicate()])
+    actual = (
+        module(place(x, 1), place(hx, 1), reset=reset, reset_hx=place(reset_hx, 1))[0],
+        module(PackedSequence(place(data, 0), sizes), place(torch.zeros(1, 3, 6, **DOUBLE)))[0].data,
+    )
+    assert_whole(actual, expected)
+
+
+def test_what_is_laid_end_to_end(processes):
+    processes(2).run(packed_job)
+
+
+def plain_parameters_job():
+    on, module = mesh(2), ours(torch_module("gru", hidden=6, **DOUBLE), None)
+    x = torch.randn(5, 4, 4, **DOUBLE)
+    expected = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
+    y = module(distribute_tensor(x, on, [Shard(1)]))[0]
+    found = torch.autograd.grad(y.sum(), list(module.parameters()))
+    assert not any(isinstance(t, DTensor) for t in found)
+    torch.testing.assert_close(found, expected)
+
+
+def test_plain_parameters_get_plain_gradients(processes):
+    processes(2).run(plain_parameters_job)
+
+
 def weights_job():
     on = mesh(2)
     leaves = [t.requires_grad_() for t in qkv(B, H, heads_kv=H_KV, M=M, N=M, **DOUBLE)]
@@ -138,6 +228,11 @@ def weights_job():
         expected = attention(*leaves, enable_gqa=True, return_weights="average")
         assert_whole(actual, expected)
         assert_whole(gradients(actual, parts), gradients(expected, leaves))
+    options = {"enable_gqa": True, "dropout_p": 0.5, "dropout_seed": 3}
+    with pytest.raises(seqcore.UnsupportedInput, match="divide by batch, or pass dropout_p=0"):
+        attention(*parts, **options, return_weights="average")
+    with pytest.raises(seqcore.UnsupportedInput, match="'per_head' is plain PyTorch"):
+        attention(*parts, enable_gqa=True, return_weights="per_head")
 
 
 def test_averaged_weights(processes):

@@ -5,15 +5,17 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import distribute_tensor
 
 import seqcore
+from seqcore.devices import INTERPRETED
 from seqcore.distributed import cost, gather_sequence, ring_attention, shard_sequence, ulysses_attention
 from seqcore.functional import attention
 from seqcore.testing.traffic import Traffic
 
 from .attention_twins import qkv
 from .comparisons import assert_within, cotangents
-from .distributed_twins import DOUBLE, assert_parts, parts
+from .distributed_twins import DOUBLE, assert_parts, mesh, parts
 
 B, H, H_KV, DV = 2, 8, 4, 5
 SIZES = [2, 4]
@@ -144,6 +146,50 @@ def test_ulysses_dropout_repeats_and_differs_between_processes(processes):
     processes(2).run(dropout_job)
 
 
+def sub_groups_job():
+    """Two groups of two, each with a sequence of its own."""
+    on = mesh(2, 2, names=("data", "sequence"))["sequence"]
+    torch.manual_seed(dist.get_rank() // 2)
+    leaves = qkv(B, H, heads_kv=H_KV, M=8, N=8, **DOUBLE)
+    expected = attention(*leaves, causal="top_left", enable_gqa=True)
+    for layout in ("contiguous", "zigzag"):
+        local = [shard_sequence(t, 2, on, layout) for t in leaves]
+        found = ring_attention(*local, causal=True, layout=layout, enable_gqa=True, group=on)
+        torch.testing.assert_close(gather_sequence(found, 2, on, layout), expected)
+    local = [shard_sequence(t, 2, on) for t in leaves]
+    whole = cost.Sequence(B, H, H_KV, 8, 8, leaves[0].shape[3], leaves[0].shape[3], 8)
+    with Traffic() as traffic:
+        found = ulysses_attention(*local, causal="top_left", enable_gqa=True, group=on)
+    assert traffic.total == cost.ulysses_attention(whole, 2, "forward").bytes
+    torch.testing.assert_close(gather_sequence(found, 2, on), expected)
+    alone = dist.new_group([0])
+    if dist.get_rank():
+        with pytest.raises(seqcore.InvalidInput, match=f"this process, {dist.get_rank()}, is not in the group"):
+            ring_attention(*local, enable_gqa=True, group=alone)
+
+
+def test_groups_within_the_world(processes):
+    processes(4).run(sub_groups_job)
+
+
+def frozen_job():
+    """Where keys and values want no gradient, none travels."""
+    leaves, _ = inputs()
+    q, k, v = parts(leaves)
+    k, v = k.detach(), v.detach()
+    with Traffic() as forward, torch.no_grad():
+        ring_attention(q, k, v, enable_gqa=True)
+    with Traffic() as training:
+        ring_attention(q, k, v, enable_gqa=True).sum().backward()
+    assert training.total == 2 * forward.total
+    (dq,) = torch.autograd.grad(attention(*leaves, enable_gqa=True).sum(), leaves[0])
+    assert_parts([q.grad], [dq])
+
+
+def test_frozen_keys(processes):
+    processes(2).run(frozen_job)
+
+
 # --- what is sent --------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +248,9 @@ def errors_job():
         (lambda: ring_attention(q, q, q, layout="striped"), "'contiguous' or 'zigzag', got 'striped'"),
         (lambda: ring_attention(q[:, :, :3], q, q, layout="zigzag"), "two chunks .* got 3 queries and 4 keys"),
         (lambda: ring_attention(q, q, q, sinks=torch.ones(2)), "sinks"),
+        (lambda: ring_attention(q[:, :1], q, q), r"nothing broadcasts here; .* got \[\[1, 1, 4, 8\], \[1, 3, 4, 8\]"),
+        (lambda: ring_attention(q, q.expand(2, 3, 4, 8), q), "nothing broadcasts here"),
+        (lambda: ring_attention(*[distribute_tensor(q, mesh(2))] * 3), "got a DTensor; pass its to_local"),
         (lambda: ulysses_attention(q, q, q), "must divide the heads of query, got 3; use ring_attention"),
         (lambda: ulysses_attention(q[:, :2], q[:, :2], q[:, :2], return_weights="average"), "takes no return_weights"),
         (lambda: shard_sequence(q, 1), "take a length that 2 divides, got 3; pad it"),
@@ -224,5 +273,6 @@ def test_without_a_process_group():
 
 
 @pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETED, reason="the processes' tensors are on the CPU")
 def test_ring_attention_on_the_kernels(processes):
     processes(2).run(half_precision_job, torch.float32)

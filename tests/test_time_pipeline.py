@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 import seqcore
 from seqcore.distributed import TimePipeline, cost
+from seqcore.distributed.pipeline import HEADER
 from seqcore.testing.traffic import Traffic
 
 from .distributed_twins import DOUBLE
@@ -93,7 +94,7 @@ def traffic_job():
 
 
 def test_bytes_sent_are_those_of_the_cost_model(processes):
-    header = 4 * 8
+    header = HEADER * 8
     both = cost.time_pipeline(T, B, WIDTH, 8, "training", 1.0).bytes
     assert processes(4).run(traffic_job) == [both / 2 + header, both + header, both + header, both / 2]
 
@@ -113,13 +114,48 @@ def errors_job():
             build()
     pipeline = TimePipeline(seqcore.nn.LSTM(4, 4), 3)
     if rank == 0:
-        with pytest.raises(seqcore.InvalidInput, match="needs a batched input of 3 dimensions, got None"):
-            pipeline.step()
+        for wrong, got in ((None, "got NoneType"), (torch.randn(3, 4), r"got \[3, 4\]"), (torch.randn(0, 2, 4), "got")):
+            with pytest.raises(seqcore.InvalidInput, match=f"needs a batched Tensor of 3 dimensions.* {got}"):
+                pipeline.step(wrong)
     else:
         with pytest.raises(seqcore.InvalidInput, match=r"needs loss=, a function of the whole output"):
             pipeline.step()
         with pytest.raises(seqcore.InvalidInput, match="takes its input from the one before"):
             pipeline.forward(torch.randn(3, 2, 4))
+    with torch.no_grad(), pytest.raises(seqcore.InvalidInput, match="computes gradients, got called under no_grad"):
+        pipeline.step(torch.randn(3, 2, 4) if rank == 0 else None, loss=torch.sum)
+
+
+def other_steps_job():
+    rank = dist.get_rank()
+    pipeline = TimePipeline(seqcore.nn.LSTM(4, 4), 2 + rank)
+    if rank == 0:
+        pipeline.forward(torch.randn(1, 2, 4))
+    else:
+        with pytest.raises(seqcore.InvalidInput, match="steps must be the same on all processes, got 2 and 3"):
+            pipeline.forward()
+        dist.recv(torch.empty(1, 2, 4), group_src=0)  # which the other one waits to be rid of
+
+
+def test_other_steps_are_noticed(processes):
+    processes(2).run(other_steps_job)
+
+
+def below_job():
+    """What is below the first layer learns, too; and a loss that leaves the output out gives zeros."""
+    rank, tokens = dist.get_rank(), torch.randint(5, (T, B))
+    layer, embedding = seqcore.nn.GRU(WIDTH, WIDTH), torch.nn.Embedding(5, WIDTH)
+    pipeline = TimePipeline(layer, STEPS)
+    pipeline.step(embedding(tokens) if rank == 0 else None, loss=torch.sum if rank else None)
+    assert rank or embedding.weight.grad.any()
+    layer.zero_grad()
+    constant = torch.ones((), requires_grad=True)
+    pipeline.step(embedding(tokens) if rank == 0 else None, loss=(lambda y: constant * 2) if rank else None)
+    assert not any(p.grad.any() for p in layer.parameters())
+
+
+def test_gradients_go_on_below_the_first_layer(processes):
+    processes(2).run(below_job)
 
 
 def test_wrong_input_is_refused_before_anything_is_sent(processes):

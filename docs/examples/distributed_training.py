@@ -79,6 +79,8 @@ def train(strategy: str, folder: Path, steps: int, save_every: int, device: torc
     model = parallel(LanguageModel().to(device), strategy, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rank, ranks, losses = dist.get_rank(), dist.get_world_size(), {}
+    if BATCH % ranks:
+        raise SystemExit(f"a batch of {BATCH} sequences cannot be divided evenly among {ranks} processes")
     for step in range(load(model, optimizer, folder), steps):
         tokens = batch(step).chunk(ranks, 1)[rank].to(device)
         loss = F.cross_entropy(model(tokens[:-1]).flatten(0, 1), tokens[1:].flatten())

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InvalidInput
+from ..functional.sharded import sharded
 
 LAYOUTS = ("contiguous", "zigzag")
 Group = dist.ProcessGroup | DeviceMesh | None
@@ -30,7 +31,18 @@ def group_of(group: Group) -> dist.ProcessGroup:
                 "one of them, mesh['name']"
             )
         return group.get_group()
-    return dist.group.WORLD if group is None else group
+    group = dist.group.WORLD if group is None else group
+    if dist.get_rank(group) < 0:
+        raise InvalidInput(
+            f"seqcore.distributed: this process, {dist.get_rank()}, is not in the group; call in its members only"
+        )
+    return group
+
+
+def check_plain(name: str, *tensors: Tensor) -> None:
+    """Raise for DTensors, which know their layout themselves."""
+    if sharded(*tensors):
+        raise InvalidInput(f"{name}: takes a process's own part as a plain tensor, got a DTensor; pass its to_local()")
 
 
 def check_layout(layout: str) -> None:
@@ -54,6 +66,7 @@ def shard_sequence(tensor: Tensor, dim: int, group: Group = None, layout: str = 
         InvalidInput: if the sequence does not divide.
     """
     check_layout(layout)
+    check_plain("shard_sequence", tensor)
     group = group_of(group)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     count = ranks * (1 if layout == "contiguous" else 2)
@@ -69,6 +82,7 @@ def shard_sequence(tensor: Tensor, dim: int, group: Group = None, layout: str = 
 def gather_sequence(tensor: Tensor, dim: int, group: Group = None, layout: str = "contiguous") -> Tensor:
     """The whole of what :func:`shard_sequence` divided, on every process; not differentiable."""
     check_layout(layout)
+    check_plain("gather_sequence", tensor)
     group = group_of(group)
     ranks = dist.get_world_size(group)
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(ranks)]

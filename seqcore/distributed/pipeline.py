@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..errors import InvalidInput
 from .layout import Group, group_of
 
+# What goes before the first chunk: the shape of all of them together, their dtype, and the steps of a chunk.
+HEADER = 5
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -36,10 +38,12 @@ class TimePipeline:
     Args:
         module: this process's layers, a unidirectional ``seqcore.nn`` or ``torch.nn`` recurrent module. The first
             process's takes the input, each other's the output of the one before.
-        steps: time steps in a chunk. Many chunks keep all processes at work, long ones spend less on each.
+        steps: time steps in a chunk, the same on all processes. Many chunks keep all of them at work, long ones spend
+            less on each.
         truncate: do not let gradients travel from one chunk to the one before (truncated backpropagation through time);
             False gives the exact gradients of the whole sequence.
-        group: a process group or one-dimensional DeviceMesh, in the order of the layers; the default group if None.
+        group: a process group or one-dimensional DeviceMesh, in the order of the layers; the default group if None. If
+            one of its processes raises, the others wait for it until the group's timeout.
 
     Raises:
         InvalidInput: for a bidirectional module, or ``steps`` below 1.
@@ -75,7 +79,7 @@ class TimePipeline:
     def step(
         self, input: Tensor | None = None, hx: State | None = None, *, loss: Callable[[Tensor], Tensor] | None = None
     ) -> PipelineResult:
-        """Forward and backward: gradients are added to the parameters' ``grad``, and to ``input``'s and ``hx``'s.
+        """Forward and backward: gradients are added to the parameters' ``grad``, and go on into ``input`` and ``hx``.
 
         Args:
             input: [T, B, I], in the module's layout, on the first process.
@@ -87,13 +91,16 @@ class TimePipeline:
         """
         if self.is_last and loss is None:
             raise InvalidInput("TimePipeline.step: the last process needs loss=, a function of the whole output")
+        if not torch.is_grad_enabled():
+            raise InvalidInput("TimePipeline.step: computes gradients, got called under no_grad; call forward there")
         chunks = self._run(input, hx)
         value, gradients = None, [None] * len(chunks)
         if self.is_last:
             output = torch.cat([chunk.output.detach() for chunk in chunks], self._time).requires_grad_()
             value = loss(output)
             value.backward()
-            gradients = output.grad.split(self.steps, self._time)
+            gradient = torch.zeros_like(output) if output.grad is None else output.grad
+            gradients = gradient.split(self.steps, self._time)
         self._run_back(chunks, gradients, input, hx)
         return self._result(chunks, None if value is None else value.detach())
 
@@ -107,11 +114,16 @@ class TimePipeline:
                 x = torch.empty(size, dtype=dtype, device=device)
                 dist.recv(x, group=self.group, group_src=self.rank - 1)
             else:
-                x = pieces[len(chunks)]
+                x = pieces[begin // self.steps]
             x.requires_grad_(train and (pieces is None or input.requires_grad))
-            state = _leaves(state, lambda t: train and (t.requires_grad if not chunks else not self.truncate))
+            inside = not self.truncate if begin else None
+            state = _leaves(state, inside if train else False)
             y, after = self.module(x, state)
-            chunks.append(_Chunk(x, state, y, after))
+            if train:
+                chunks.append(_Chunk(x, state, y, after))
+            else:
+                # Nothing goes back: of what has passed on only the last state is needed, and here the output.
+                chunks = [*(chunks if self.is_last else ()), _Chunk(None, None, y, after)]
             if not self.is_last:
                 sent += self._send(y, shape, self.rank + 1, with_header=begin == 0)
             state = after
@@ -146,36 +158,41 @@ class TimePipeline:
         """Shape, dtype and device of all that this process's layers will be given."""
         device = next(self.module.parameters()).device
         if self.is_first:
-            if input is None or input.dim() != 3:
-                got = "None" if input is None else f"{input.dim()} dimensions"
-                raise InvalidInput(f"TimePipeline: the first process needs a batched input of 3 dimensions, got {got}")
+            if not isinstance(input, Tensor) or input.dim() != 3 or not input.shape[self._time]:
+                got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
+                raise InvalidInput(
+                    "TimePipeline: the first process needs a batched Tensor of 3 dimensions and at least one step, "
+                    f"got {got}"
+                )
             return list(input.shape), input.dtype, device
         if input is not None:
             raise InvalidInput(
                 f"TimePipeline: process {self.rank} takes its input from the one before, got one; pass it to process 0"
             )
-        header = torch.empty(4, dtype=torch.int64, device=device)
+        header = torch.empty(HEADER, dtype=torch.int64, device=device)
         dist.recv(header, group=self.group, group_src=self.rank - 1)
-        *shape, dtype = header.tolist()
+        *shape, dtype, steps = header.tolist()
+        if steps != self.steps:
+            raise InvalidInput(f"TimePipeline: steps must be the same on all processes, got {steps} and {self.steps}")
         return shape, _DTYPES[dtype], device
 
     def _send(self, tensor: Tensor, shape: list[int] | None, to: int, with_header: bool) -> list["_Sent"]:
         tensors = [tensor.detach().contiguous()]
         if with_header:
             whole = [shape[dim] if dim == self._time else n for dim, n in enumerate(tensor.shape)]
-            header = torch.tensor([*whole, _DTYPES.index(tensor.dtype)], device=tensor.device)
+            header = torch.tensor([*whole, _DTYPES.index(tensor.dtype), self.steps], device=tensor.device)
             tensors.insert(0, header)
         return [_Sent(t, dist.isend(t, group=self.group, group_dst=to)) for t in tensors]
 
     def _result(self, chunks: list["_Chunk"], loss: Tensor | None) -> PipelineResult:
         output = torch.cat([chunk.output.detach() for chunk in chunks], self._time) if self.is_last else None
-        return PipelineResult(output, loss, _leaves(chunks[-1].after, lambda _: False))
+        return PipelineResult(output, loss, _leaves(chunks[-1].after, False))
 
 
 class _Chunk(NamedTuple):
-    """What went through this process's layers: leaves of the graph, and what came out."""
+    """What went through this process's layers: leaves of the graph, unless nothing goes back, and what came out."""
 
-    input: Tensor
+    input: Tensor | None
     before: State | None
     output: Tensor
     after: State
@@ -195,15 +212,19 @@ def _tensors(state: State | None) -> tuple[Tensor, ...]:
     return () if state is None else (state,) if isinstance(state, Tensor) else tuple(state)
 
 
-def _leaves(state: State | None, requires_grad: Callable[[Tensor], bool]) -> State | None:
-    """``state`` as new leaves of the graph."""
+def _leaves(state: State | None, requires_grad: bool | None) -> State | None:
+    """``state`` as new leaves of the graph, which take gradients as told, or as before if not told."""
     if state is None:
         return None
     if isinstance(state, Tensor):
-        return state.detach().requires_grad_(requires_grad(state))
+        return state.detach().requires_grad_(state.requires_grad if requires_grad is None else requires_grad)
     return tuple(_leaves(t, requires_grad) for t in state)
 
 
 def _accumulate(tensor: Tensor, gradient: Tensor | None) -> None:
-    if gradient is not None and tensor.requires_grad:
+    if gradient is None or not tensor.requires_grad:
+        return
+    if tensor.is_leaf:
         tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+    else:
+        tensor.backward(gradient)

@@ -24,7 +24,7 @@ from ..functional.autocast import cast
 from ..ops import attention as ops
 from ..reference.attention import NEGATIVE_INFINITY
 from ..reference.recurrence import wide
-from .layout import Group, check_layout, group_of
+from .layout import Group, check_layout, check_plain, group_of
 
 
 def ring_attention(
@@ -52,7 +52,7 @@ def ring_attention(
         scale, softcap, sinks: as there; a sink's gradient is that of this process's queries, to be summed over all.
         return_lse: also return the natural log-sum-exp, [B, H, M/W], as differentiable as the result.
         group: a process group or one-dimensional DeviceMesh, the default group if None. All of its processes call with
-            the same shapes, or wait for each other in vain.
+            the same shapes, and all run backward, or wait for each other in vain.
 
     Returns:
         [B, H, M/W, DV] in the query's dtype; differentiable once.
@@ -63,9 +63,16 @@ def ring_attention(
     """
     check_layout(layout)
     group = group_of(group)
-    if any(t.dim() != 4 for t in (query, key, value)):
-        shapes = [list(t.shape) for t in (query, key, value)]
+    check_plain("ring_attention", query, key, value)
+    shapes = [list(t.shape) for t in (query, key, value)]
+    if any(len(shape) != 4 for shape in shapes):
         raise InvalidInput(f"ring_attention: query, key and value must be [B, heads, rows, width], got {shapes}")
+    heads = {shape[1] for shape in (shapes if not enable_gqa else shapes[1:])}
+    if len({shape[0] for shape in shapes}) > 1 or len(heads) > 1:
+        raise InvalidInput(
+            f"ring_attention: nothing broadcasts here; query, key and value need the same batch and heads (with "
+            f"enable_gqa key and value the same), got {shapes}; expand them"
+        )
     if causal and query.shape[2] != key.shape[2]:
         raise InvalidInput(
             f"ring_attention: causal attention takes as many keys as queries, got {query.shape[2]} and {key.shape[2]}"
@@ -183,6 +190,9 @@ class _RingAttention(torch.autograd.Function):
         settings, ring = ctx.settings, ctx.ring
         query, key, value, sinks, out, lse, *kept = ctx.saved_tensors
         dq = torch.zeros_like(query, dtype=lse.dtype)
+        # Gradients of keys and values travel for the process they belong to, if it wants any; all want the same.
+        travel = any(ctx.needs_input_grad[1:3])
+        wanted = [True, travel, travel, False, False]
         held, summed, passing = (key.contiguous(), value.contiguous()), None, None
         for step in range(ring.ranks):
             following = ring.pass_on(*held) if step + 1 < ring.ranks else None
@@ -195,26 +205,26 @@ class _RingAttention(torch.autograd.Function):
                 k, v = (t[:, :, part.keys] for t in held)
                 grads = (None if t is None else t[:, :, here] for t in (dout, dlse))
                 found = ops.backward(
-                    *grads, out[:, :, here], rows, _WANTED, query[:, :, here], k, v, *settings.of(part)
+                    *grads, out[:, :, here], rows, wanted, query[:, :, here], k, v, *settings.of(part)
                 )
                 dq[:, :, here] += found[0]
-            # What was summed for these keys before they came here has come with them, a step behind.
-            summed = passing.wait() if passing else tuple(torch.zeros_like(t, dtype=lse.dtype) for t in held)
-            if part is not None:
-                for total, mine in zip(summed, found[1:3], strict=True):
-                    total[:, :, part.keys] += mine
-            passing = ring.pass_on(*summed) if ring.ranks > 1 else None
+            if travel:
+                # What was summed for these keys before they came here has come with them, a step behind.
+                summed = passing.wait() if passing else tuple(torch.zeros_like(t, dtype=lse.dtype) for t in held)
+                if part is not None:
+                    for total, mine in zip(summed, found[1:3], strict=True):
+                        total[:, :, part.keys] += mine
+                passing = ring.pass_on(*summed) if ring.ranks > 1 else None
             held = following.wait() if following else held
-        dk, dv = passing.wait() if passing else summed
+        dk, dv = (passing.wait() if passing else summed) if travel else (None, None)
         dsinks = None
         if sinks is not None:
             delta = 0 if dout is None else (out.to(lse.dtype) * dout).sum(-1)
             delta = delta if dlse is None else delta - dlse
             dsinks = -(_share(sinks[:, None], lse) * delta).sum((0, 2)).to(sinks.dtype)
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dsinks, None, None
-
-
-_WANTED = [True, True, True, False, False]
+        if travel:
+            dk, dv = dk.to(key.dtype), dv.to(value.dtype)
+        return dq.to(query.dtype), dk, dv, dsinks, None, None
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

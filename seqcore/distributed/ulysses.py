@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import functional
 from ..errors import InvalidInput
-from .layout import Group, group_of
+from ..functional.autocast import cast
+from .layout import Group, check_plain, group_of
 
 _BY_HEAD = ("alibi_slopes", "sinks")
 
@@ -27,7 +28,7 @@ def ulysses_attention(
         query: [B, H, M/W, D], this process's queries; W divides H.
         key, value: [B, H_kv, N/W, D] and [B, H_kv, N/W, DV]; W divides H_kv.
         group: a process group or one-dimensional DeviceMesh, the default group if None. All of its processes call with
-            the same shapes, or wait for each other in vain.
+            the same shapes, and all run backward, or wait for each other in vain.
         **options: those of ``functional.attention``, about the whole sequence and all heads, the same on every process:
             masks [*, M, N], lengths, windows, slopes and sinks [H]. The gradients of masks, slopes and sinks are this
             process's part, to be summed over all. Dropout is repeatable by ``dropout_seed``, but not one process's. Not
@@ -42,6 +43,7 @@ def ulysses_attention(
     """
     group = group_of(group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    check_plain("ulysses_attention", query, key, value)
     if any(t.dim() != 4 for t in (query, key, value)):
         shapes = [list(t.shape) for t in (query, key, value)]
         raise InvalidInput(f"ulysses_attention: query, key and value must be [B, heads, rows, width], got {shapes}")
@@ -57,7 +59,7 @@ def ulysses_attention(
     if options.get("dropout_p") and options.get("dropout_seed") is None:
         options["dropout_seed"] = torch.randint(2**62, (1,), device=query.device)
     options |= _of_heads(options, query.shape[1], rank, ranks)
-    found = functional.attention(*(_exchange(t, 1, 2, group) for t in (query, key, value)), **options)
+    found = functional.attention(*(_exchange(t, 1, 2, group) for t in cast(query, key, value)), **options)
     if not options.get("return_lse"):
         return _exchange(found, 2, 1, group)
     out, lse = found

@@ -119,6 +119,11 @@ def attention(
         cu_seqlens_q, cu_seqlens_k, dropout_p, dropout_seed, enable_gqa, return_weights,
     )  # fmt: skip
     request = _request(problem, return_lse, return_weights)
+    if request.sharded and return_weights == "per_head":
+        raise backends.UnsupportedInput(
+            "attention: return_weights='per_head' is plain PyTorch over tensors of its own, which do not mix with "
+            "DTensors; pass 'average', or DTensor.full_tensor() of each"
+        )
     chosen = backends.choose(request, backend)
     if chosen == "aten":
         return F.scaled_dot_product_attention(
@@ -187,7 +192,7 @@ def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> 
         features=tuple(name for name, present in features.items() if present),
         head_dim=max(problem.query.shape[-1], problem.value.shape[-1]),
         transformed=transforms_active(),
-        sharded=sharded(problem.query, problem.key, problem.value, mask),
+        sharded=sharded(problem.query, problem.key, problem.value, mask, slopes, problem.options["sinks"]),
     )
 
 

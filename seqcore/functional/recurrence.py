@@ -222,7 +222,7 @@ def _request(problem: Problem, options: Options) -> Request:
         features=tuple(name for name, present in features.items() if present),
         shape=None if torch.compiler.is_compiling() else _shape(problem),
         transformed=transforms_active(),
-        sharded=sharded(problem.x, problem.h0, problem.weights[0][0].w_ih),
+        sharded=sharded(problem.x, problem.h0, problem.c0, problem.lengths, problem.reset, *problem.weights[0][0]),
     )
 
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._redistribute import redistribute_local_tensor
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, UnsupportedInput
 
 Given = dict[str, Any]
 
@@ -31,6 +33,8 @@ class Rule:
 
     ``results`` are the dimensions of each result, or, with ``gradients``, the input each is the gradient of.
     ``divisible(given)`` says which letters may be divided in this call. A tensor without dimensions is whole.
+    Which letter is divided, ``_DECIDING`` tensors decide: those that forward was given too, so that backward divides as
+    forward did, however the gradients come.
     """
 
     inputs: dict[str, str]
@@ -43,6 +47,9 @@ _ATTENTION = {
     "q": "BHMD", "k": "BHND", "v": "BHND", "mask": "BHMN", "slopes": "H", "sinks": "H", "q_lengths": "B",
     "k_lengths": "B", "out": "BHMD", "dout": "BHMD", "dlse": "BHM", "rows": ".BHM",
 }  # fmt: skip
+_DECIDING = {
+    "q", "k", "v", "mask", "slopes", "sinks", "q_lengths", "k_lengths", "x", "h0", "c0", "lengths", "reset",
+}  # fmt: skip
 _RECURRENCE = {
     "x": "TBI", "h0": "DBH", "c0": "DBH", "lengths": "B", "reset": "TB", "y": "TBH", "dy": "TBH", "dh_n": "DBH",
     "dc_n": "DBH", "saved": ".RS", "cells": "RH", "dcells": "RH", "hidden": "RH",
@@ -54,6 +61,15 @@ def _of_attention(given: Given) -> str:
     return "H" if given["packed"] else "BH"
 
 
+def _of_weights(given: Given) -> str:
+    if given["dropout_p"] and _Division(RULES["attention_forward"], given).divided_by("H"):
+        raise UnsupportedInput(
+            "averaged weights of heads that are divided among processes, which drop apart, cannot be given; divide by "
+            "batch, or pass dropout_p=0"
+        )
+    return "" if given["packed"] else "B"
+
+
 def _of_recurrence(given: Given) -> str:
     # Packed rows are not laid out by sequence, and states to reset to stand behind the batch's own.
     whole = given["batch_sizes"] is not None or given["h0"].shape[1] != given["x"].shape[1]
@@ -63,9 +79,9 @@ def _of_recurrence(given: Given) -> str:
 RULES = {
     "attention_forward": Rule(_ATTENTION, ("BHMD", "BHM", ".BHM"), _of_attention),
     "attention_backward": Rule(_ATTENTION, ("q", "k", "v", "mask", "sinks"), _of_attention, gradients=True),
-    "attention_weights": Rule(_ATTENTION, ("BMN",), lambda given: "" if given["packed"] else "B"),
+    "attention_weights": Rule(_ATTENTION, ("BMN",), _of_weights),
     "attention_weights_backward": Rule(
-        _ATTENTION | {"dweights": "BMN"}, ("q", "k", "v", "mask", "sinks"), lambda given: "B", gradients=True
+        _ATTENTION | {"dweights": "BMN"}, ("q", "k", "v", "mask", "sinks"), _of_weights, gradients=True
     ),
     "recurrence_forward": Rule(_RECURRENCE, ("TBH", "DBH", "DBH", ".RS", "RH", "RH"), _of_recurrence),
     "recurrence_backward": Rule(_RECURRENCE, ("x", "h0", "c0", "weights"), _of_recurrence, gradients=True),
@@ -76,8 +92,8 @@ class _Division:
     """Of one call: by which letter each dimension of the mesh divides its tensors, if by any."""
 
     def __init__(self, rule: Rule, given: Given) -> None:
-        named = [(dims, given[name]) for name, dims in rule.inputs.items() if given.get(name) is not None]
-        named = [(dims, tensor) for dims, tensor in named if tensor.dim() == len(dims)]
+        named = [(dims, given[name]) for name, dims in rule.inputs.items() if name in _DECIDING & given.keys()]
+        named = [(dims, tensor) for dims, tensor in named if tensor is not None and tensor.dim() == len(dims)]
         self.mesh = _mesh(given)
         self.sizes: dict[str, set[int]] = {}
         for dims, tensor in named:
@@ -90,6 +106,9 @@ class _Division:
             placed = [(dims, tensor.placements[axis]) for dims, tensor in named if isinstance(tensor, DTensor)]
             letters = [dims[place.dim] for dims, place in placed if isinstance(place, Shard)]
             self.by.append(next((x for x in letters if x in rule.divisible(given) and self._fits(x, axis)), None))
+
+    def divided_by(self, letter: str) -> bool:
+        return letter in self.by
 
     def _fits(self, letter: str, axis: int) -> bool:
         """A batch may be divided unevenly; heads may not, or queries would end up beside the keys of another group."""
@@ -112,14 +131,21 @@ class _Division:
             return [self.enter(dims, each) for each in tensor]
         if not isinstance(tensor, Tensor):
             return tensor
-        if not isinstance(tensor, DTensor):
-            tensor = DTensor.from_local(tensor, self.mesh, run_check=False)
-        return tensor.redistribute(self.mesh, self._placements(dims, tensor.shape, Replicate())).to_local()
+        placements = self._placements(dims, tensor.shape, Replicate())
+        if isinstance(tensor, DTensor):
+            return _local(tensor, placements)
+        spec = _spec(self.mesh, [Replicate()] * self.mesh.ndim, tensor)
+        return redistribute_local_tensor(tensor, spec, _spec(self.mesh, placements, tensor))
 
     def leave(self, dims: str, part: Any, like: Any = None) -> Any:
         """The result that ``part`` is this process's part of; a gradient, if ``like`` is the input it belongs to."""
         if isinstance(part, (list, tuple)):
             return [self.leave(dims, *pair) for pair in zip(part, like, strict=True)]
+        found = self._placed(dims, part, like)
+        # What came as a plain tensor gets a plain gradient.
+        return found if like is None or isinstance(like, DTensor) else _local(found, [Replicate()] * self.mesh.ndim)
+
+    def _placed(self, dims: str, part: Tensor, like: Tensor | None) -> DTensor:
         whole = Replicate() if like is None else Partial()
         if part.dim() != len(dims):
             return DTensor.from_local(part, self.mesh, self._placements("", None, whole), run_check=False)
@@ -149,6 +175,16 @@ def _mesh(given: Given) -> DeviceMesh:
             "torch.distributed.tensor.distribute_tensor"
         )
     return meshes[0]
+
+
+def _local(tensor: DTensor, placements: list[Placement]) -> Tensor:
+    """This process's part of ``tensor`` once it is placed so. Not ``redistribute``, which no dispatch rule may call."""
+    spec = _spec(tensor.device_mesh, placements, tensor)
+    return redistribute_local_tensor(tensor._local_tensor, tensor._spec, spec)
+
+
+def _spec(mesh: DeviceMesh, placements: list[Placement], whole: Tensor) -> DTensorSpec:
+    return DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(whole.shape, whole.stride(), whole.dtype))
 
 
 def _strides(part: Tensor, shape: list[int]) -> tuple[int, ...]:
