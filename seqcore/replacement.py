@@ -71,19 +71,26 @@ def replace(model: torch_nn.Module, filter_fn: Filter | None = None, *, backend:
     if backend is not None:
         check_backend(backend)
     report = Report("replace", advice=ADVICE)
-    for name, module, also in _chosen("replace", model, filter_fn, _is_theirs, report):
+    for name, module, also in list(_chosen("replace", model, filter_fn, _is_theirs, report)):
         kind = parametrize.type_before_parametrizations(module)
-        if reason := _why_not(module, kind, OURS):
+        ours = torchrl.class_for(OURS.get(kind, kind), name, model)
+        if kind in TORCHS and (ours is not kind or backend not in (None, module.backend)):
+            # Ours already, but not in TorchRL's form, or on another backend.
+            report.swapped[name] = f"{_title(kind)} -> {_title(ours)}, backend {backend or module.backend}{also}"
+        elif reason := _why_not(module, kind, OURS) or _own_options(module):
             report.skipped[name] = reason
             continue
-        ours = torchrl.class_for(OURS[kind], name, model)
-        _assign_class(module, ours)
+        else:
+            report.swapped[name] = f"{_title(kind)} -> {_title(ours)}{also}"
+        if ours is not kind:
+            _assign_class(module, ours)
         if backend is not None:
             module.backend = backend
-        report.swapped[name] = f"{_title(kind)} -> {_title(ours)}{also}"
     _stop_nested_tensors(model, report)
-    if "transformers" in sys.modules:
+    if _may_hold_transformers():
+        switched = len(report.swapped)
         transformers.switch(model, filter_fn or _all, backend, report.swapped, report.skipped)
+        report.advice = ADVICE if switched == len(report.swapped) else ""
     _forget_compiled(report)
     return report
 
@@ -106,7 +113,7 @@ def restore(model: torch_nn.Module, filter_fn: Filter | None = None) -> Report:
         InvalidInput: if ``model`` is no module.
     """
     report = Report("restore")
-    for name, module, also in _chosen("restore", model, filter_fn, _is_ours, report):
+    for name, module, also in list(_chosen("restore", model, filter_fn, _is_ours, report)):
         kind = parametrize.type_before_parametrizations(module)
         if reason := _why_not(module, kind, TORCHS) or _beyond_torch(module):
             report.skipped[name] = reason
@@ -116,10 +123,15 @@ def restore(model: torch_nn.Module, filter_fn: Filter | None = None) -> Report:
         _assign_class(module, TORCHS[kind])
         report.swapped[name] = f"{_title(kind)} -> {_title(TORCHS[kind])}{also}"
     _allow_nested_tensors(model, report)
-    if "transformers" in sys.modules:
-        transformers.switch_back(model, filter_fn or _all, report.swapped)
+    if _may_hold_transformers():
+        transformers.switch_back(model, filter_fn or _all, report.swapped, report.skipped)
     _forget_compiled(report)
     return report
+
+
+def _may_hold_transformers() -> bool:
+    """Whether there can be a model of transformers, which takes more than a second to import what makes them."""
+    return "transformers.modeling_utils" in sys.modules
 
 
 def _all(name: str, module: torch_nn.Module) -> bool:
@@ -164,7 +176,8 @@ def _scripted(module: torch_nn.Module) -> bool:
 
 
 def _quantized(module: torch_nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.ao.nn.") and type(module).__name__ in NAMES
+    place = type(module).__module__
+    return place.startswith("torch.ao.nn.") and ".quantized." in place and type(module).__name__ in NAMES
 
 
 def _why_not(module: torch_nn.Module, kind: type, table: dict[type, type]) -> str:
@@ -183,7 +196,15 @@ def _why_not(module: torch_nn.Module, kind: type, table: dict[type, type]) -> st
     if any(base.__name__ == "FSDPModule" for base in kind.__mro__):
         action = "replace" if table is OURS else "restore"
         return f"{title}: sharded, with a class made for that; call seqcore.{action} first, then fully_shard"
+    if kind in (torch_nn.RNNBase, torch_nn.RNNCellBase):
+        return f"{title}: the base of several kinds, itself none"
     return f"{title}: derived from {_title(kind.__bases__[0])}, and may do something of its own"
+
+
+def _own_options(module: torch_nn.Module) -> str:
+    """Why a module of torch's that has attributes of these names does not get a class to which they are options."""
+    taken = [name for name in ("backend", *BEYOND_TORCH) if name in vars(module)]
+    return f"has attributes that would be options of ours: {', '.join(taken)}; rename them" if taken else ""
 
 
 def _beyond_torch(module: torch_nn.Module) -> str:
@@ -213,10 +234,11 @@ def _forget_compiled(report: Report) -> None:
 
 
 def _encoders(model: torch_nn.Module) -> Iterator[tuple[str, torch_nn.TransformerEncoder, bool]]:
-    """Each encoder's name, itself, and whether our attention is in its layers."""
+    """Each encoder's name, itself, and whether attention in its layers is ours, and not torch's by name."""
     for name, module in model.named_modules():
         if isinstance(module, torch_nn.TransformerEncoder):
-            yield name, module, any(isinstance(inner, nn.MultiheadAttention) for inner in module.layers.modules())
+            attentions = [inner for inner in module.layers.modules() if isinstance(inner, nn.MultiheadAttention)]
+            yield name, module, any(inner.backend != "aten" for inner in attentions)
 
 
 def _stop_nested_tensors(model: torch_nn.Module, report: Report) -> None:
@@ -225,7 +247,7 @@ def _stop_nested_tensors(model: torch_nn.Module, report: Report) -> None:
         if has_ours and getattr(encoder, "use_nested_tensor", False):
             encoder.use_nested_tensor = False
             setattr(encoder, NESTED, True)
-            report.swapped[name] = "use_nested_tensor: True -> False"
+            report.swapped[name] = "use_nested_tensor: True -> False; in evaluation padding is no longer zeros"
 
 
 def _allow_nested_tensors(model: torch_nn.Module, report: Report) -> None:

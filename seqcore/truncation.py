@@ -27,7 +27,7 @@ def truncated_bptt(
 
     A training loop takes a step of the optimizer for each chunk, and holds the graph of one chunk only::
 
-        for (y, hx), target in zip(seqcore.truncated_bptt(lstm, x, 35), targets.split(35)):
+        for (y, hx), target in zip(seqcore.truncated_bptt(lstm, x, 35), targets.split(35, dim=0)):  # 1 if batch_first
             optimizer.zero_grad()
             loss(y, target).backward()
             optimizer.step()
@@ -35,7 +35,8 @@ def truncated_bptt(
     Args:
         module: an RNN, GRU or LSTM of ``seqcore.nn`` or ``torch.nn``, in one direction. Each chunk is run when it is
             asked for, with the parameters of that moment.
-        input: [T, B, I], [B, T, I] if ``module.batch_first``, or [T, I] unbatched.
+        input: [T, B, I], [B, T, I] if ``module.batch_first``, or [T, I] unbatched. Not what layers with gradients gave:
+            the first chunk's backward would free the graph that all chunks stand on.
         steps: the length of a chunk; the last one may be shorter.
         hx: the state to begin with, shaped as the module takes it; None for zeros. Gradients reach it from the first
             chunk.
@@ -88,6 +89,12 @@ def _check_input(input: Tensor, steps: int) -> None:
         got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
         raise InvalidInput(
             f"truncated_bptt: input must be a Tensor [T, B, I], [B, T, I] with batch_first=True, or [T, I], got {got}"
+        )
+    if input.grad_fn is not None and torch.is_grad_enabled():
+        raise InvalidInput(
+            "truncated_bptt: input has a graph of its own, which the first chunk's backward would free; run what is "
+            "below in chunks, too: for x in tokens.split(steps): y, hx = module(embedding(x), hx), and detach hx "
+            "before the next; or pass input.detach()"
         )
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InvalidInput(f"truncated_bptt: steps must be an integer of at least 1, got {steps!r}")

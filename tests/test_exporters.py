@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqcore import UnsupportedInput, capabilities
+from seqcore import InvalidInput, UnsupportedInput, capabilities
 from seqcore.testing.budget import assert_within_budget
 
 from .every_module import EVERY, WIDTH, given, outputs, twin
@@ -127,6 +127,22 @@ def test_onnx(name, quiet):
 
 def test_onnx_of_a_ragged_batch_is_unrolled(quiet):
     assert "LSTM" not in check_onnx(around("lstm", lengths=torch.tensor([3, 1])), given("lstm"))
+
+
+# --- torch.fx ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("attention")])
+def test_symbolic_tracing_takes_modules_of_ours_as_leaves(name):
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, path):
+            return type(module).__module__.startswith("seqcore.") or super().is_leaf_module(module, path)
+
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), around(name).inner), given(name)
+    with pytest.raises(InvalidInput, match="got Proxy"):
+        torch.fx.symbolic_trace(model)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert all(torch.equal(a, b) for a, b in zip(outputs(traced, x), outputs(model, x), strict=True))
 
 
 # --- dynamic quantisation ------------------------------------------------------------------------------------------

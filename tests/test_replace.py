@@ -125,9 +125,11 @@ def test_shared_modules_are_swapped_once_and_all_their_names_reported():
 
 def test_a_backend_is_for_what_is_swapped():
     module = nn.ModuleList([seqcore.nn.GRU(2, 3), nn.GRU(2, 3), nn.MultiheadAttention(4, 2)])
+    assert seqcore.replace(module, lambda name, _: name == "0").skipped == {"0": "seqcore.nn.GRU already"}
     report = seqcore.replace(module, backend="reference")
-    assert report.skipped == {"0": "seqcore.nn.GRU already"}
-    assert [inner.backend for inner in module] == [None, "reference", "reference"]
+    assert report.swapped["0"] == "seqcore.nn.GRU -> seqcore.nn.GRU, backend reference"
+    assert [inner.backend for inner in module] == ["reference"] * 3
+    assert seqcore.replace(module, backend="reference").skipped.keys() == {"0", "1", "2"}
     seqcore.restore(module)
     assert not any("backend" in vars(inner) for inner in module)
     with pytest.raises(seqcore.InvalidInput, match="unknown backend: got 'cudnn'"):
@@ -135,6 +137,21 @@ def test_a_backend_is_for_what_is_swapped():
     assert type(module[1]) is nn.GRU
     with pytest.raises(seqcore.InvalidInput, match=r"model must be a torch\.nn\.Module, got type"):
         seqcore.replace(nn.GRU)
+
+
+def test_a_filter_that_fails_leaves_all_as_it_was():
+    module = nn.Sequential(nn.GRU(2, 3), nn.GRU(3, 3))
+    with pytest.raises(ZeroDivisionError):
+        seqcore.replace(module, lambda name, _: 1 / (name == "0"))
+    assert {type(inner) for inner in module} == {nn.GRU}
+
+
+def test_attributes_that_are_no_options_keep_a_module_torchs():
+    module = nn.LSTM(2, 3)
+    module.backend, module.recompute = "mine", True
+    report = seqcore.replace(module)
+    assert report.skipped == {"": "has attributes that would be options of ours: backend, recompute; rename them"}
+    assert type(module) is nn.LSTM
 
 
 def test_the_report_reads_well():
@@ -170,7 +187,8 @@ def with_a_forward_of_its_own() -> nn.Module:
         (lambda: parametrizations.weight_norm(Peephole(2, 3), "weight_hh_l0"), "Peephole: derived from torch.nn.LSTM"),
         (with_a_forward_of_its_own, "torch.nn.LSTM with a forward of its instance's own"),
         (lambda: torch.jit.script(nn.GRU(2, 3)), "scripted GRU: its code is fixed"),
-        (lambda: torch.ao.nn.quantizable.MultiheadAttention(4, 2), "MultiheadAttention: quantized"),
+        (lambda: torch.ao.nn.quantizable.MultiheadAttention(4, 2), "may do something of its own"),
+        (lambda: nn.RNNBase("LSTM", 2, 3), "torch.nn.RNNBase: the base of several kinds"),
         (lambda: torch.ao.nn.quantized.dynamic.LSTM(2, 3), "LSTM: quantized"),
     ],
 )
@@ -313,7 +331,8 @@ def test_encoders_that_nest_padded_input_stop_and_begin_again():
     exact = copy.deepcopy(encoder).double()(x.double(), src_key_padding_mask=padding)
     assert encoder.use_nested_tensor
     report = seqcore.replace(module)
-    assert report.swapped.pop("encoder") == "use_nested_tensor: True -> False"
+    said = "use_nested_tensor: True -> False; in evaluation padding is no longer zeros"
+    assert report.swapped.pop("encoder") == said
     assert list(report.swapped) == [
         "encoder.layers.0.self_attn", "encoder.layers.1.self_attn", "decoder.layers.0.self_attn",
         "decoder.layers.0.multihead_attn",

@@ -62,6 +62,17 @@ def test_results_with_episodes_that_begin_inside(kind, backend, recurrent, episo
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_recurrences_that_were_made_as_ours_take_the_mask_too(kind):
+    theirs, steps = module(kind), rollout(kind, True)
+    ours = copy.deepcopy(theirs)
+    name = kind.upper()
+    getattr(ours, kind).__class__ = getattr(seqcore.nn, name)
+    assert list(seqcore.replace(ours).swapped) == [kind]
+    assert type(getattr(ours, kind)) is getattr(torchrl, name)
+    assert_equal_in_float64(results(ours, steps, True), results(theirs, steps, True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_python_based_modules_are_left_alone(kind):
     policy = module(kind, python_based=True)
     report = seqcore.replace(policy)

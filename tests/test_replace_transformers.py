@@ -131,6 +131,21 @@ def test_restore_knows_what_was_before_several_replacements():
     assert seqcore.restore(module).swapped == {"": "BertForMaskedLM's attention: seqcore_reference -> sdpa"}
 
 
+def test_restore_leaves_what_was_chosen_since():
+    module = model("bert")
+    seqcore.replace(module)
+    module.set_attn_implementation("eager")
+    assert not seqcore.restore(module).swapped and module.config._attn_implementation == "eager"
+
+
+def test_restore_says_that_a_model_was_made_with_seqcores_attention():
+    register()
+    module = model("bert")
+    module.set_attn_implementation("seqcore_reference")
+    skipped = seqcore.restore(module).skipped
+    assert "seqcore_reference, and no other before it; call set_attn_implementation('sdpa')" in skipped[""]
+
+
 def test_models_that_always_give_weights_are_skipped():
     module = model("bert")
     module.set_attn_implementation("eager")

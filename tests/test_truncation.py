@@ -168,6 +168,7 @@ WRONG = {
     "got a PackedSequence": (lambda m, x: (m, packed(x, [3, 3, 2, 1, 1]), 2), {}),
     "at least 1, got 0": (lambda m, x: (m, x, 0), {}),
     "at least 1, got 1.5": (lambda m, x: (m, x, 1.5), {}),
+    "a graph of its own": (lambda m, x: (m, x.requires_grad_() * 2, 2), {}),
     "got LSTMCell": (lambda m, x: (nn.LSTMCell(4, 3), x, 2), {}),
     "got \\[4\\]": (lambda m, x: (m, x[0, 0], 2), {}),
     "at least one time step": (lambda m, x: (m, x[:0], 2), {}),

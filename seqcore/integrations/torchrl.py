@@ -39,5 +39,7 @@ _MASKED = {nn.LSTM: LSTM, nn.GRU: GRU}
 
 def class_for(ours: type, name: str, model: torch.nn.Module) -> type:
     """``ours``, or the class here that takes ``mask``, if TorchRL's module holds the module of this name."""
+    if ours not in _MASKED:
+        return ours
     holder = model.get_submodule(name.rpartition(".")[0])
-    return _MASKED.get(ours, ours) if type(holder).__module__.startswith("torchrl.") else ours
+    return _MASKED[ours] if type(holder).__module__.startswith("torchrl.") else ours

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..backends import check_backend, resolve
+from ..backends import BACKENDS, check_backend, resolve
 from ..errors import UnsupportedInput
 
 # Where a mask keeps the structure it was made from, and a model which attention it had.
@@ -32,6 +32,8 @@ class Structure(NamedTuple):
 
 def register(name: str = "seqcore", backend: str | None = None) -> None:
     """Make seqcore's attention one of transformers' attention implementations, under ``name``.
+
+    Without a ``backend`` also under ``name`` and each backend's, such as "seqcore_triton".
 
     Serves grouped heads without repeating keys, sliding windows, soft caps, sinks, position biases, masks of four
     dimensions, dropout, and ``output_attentions``. Where a mask is causal, a window, or padding, kernels get that
@@ -56,8 +58,10 @@ def register(name: str = "seqcore", backend: str | None = None) -> None:
             "seqcore.integrations.transformers.register needs transformers with AttentionInterface and "
             f"AttentionMaskInterface, got: {error}; pip install 'transformers>=5'"
         ) from error
-    AttentionInterface.register(name, functools.partial(attention_forward, backend=backend))
-    AttentionMaskInterface.register(name, mask)
+    names = {name: backend} | ({f"{name}_{each}": each for each in BACKENDS} if backend is None else {})
+    for each, named in names.items():
+        AttentionInterface.register(each, functools.partial(attention_forward, backend=named))
+        AttentionMaskInterface.register(each, mask)
 
 
 def attention_forward(
@@ -217,7 +221,7 @@ def switch(
         if not filter_fn(name, found):
             continue
         title = f"{type(found).__name__}'s attention"
-        if not found._can_set_attn_implementation():
+        if not getattr(found, "_can_set_attn_implementation", bool)():
             skipped[name] = f"{title}: does not go through transformers' AttentionInterface"
             continue
         if found.config._attn_implementation == implementation:
@@ -227,7 +231,7 @@ def switch(
             skipped[name] = f"{title}: config.output_attentions, which transformers allows with 'eager' only"
             continue
         if implementation not in sys.modules["transformers"].AttentionInterface().valid_keys():
-            register(implementation, backend)
+            register()
         for inner in _models(found):
             vars(inner).setdefault(PREVIOUS, inner.config._attn_implementation)
         before = found.config._attn_implementation
@@ -236,18 +240,34 @@ def switch(
 
 
 def switch_back(
-    model: torch.nn.Module, filter_fn: Callable[[str, torch.nn.Module], bool], swapped: dict[str, str]
+    model: torch.nn.Module,
+    filter_fn: Callable[[str, torch.nn.Module], bool],
+    swapped: dict[str, str],
+    skipped: dict[str, str],
 ) -> None:
-    """Undo :func:`switch`."""
+    """Undo :func:`switch`, but not what was chosen since."""
     for name, found in _outermost(model):
-        if PREVIOUS not in vars(found) or not filter_fn(name, found):
+        if not filter_fn(name, found):
             continue
-        before = found.config._attn_implementation
-        for inner in _models(found):
-            # An outer model sets the inner ones too, which come after it.
-            if PREVIOUS in vars(inner):
-                inner.set_attn_implementation(vars(inner).pop(PREVIOUS))
-        swapped[name] = f"{type(found).__name__}'s attention: {before} -> {found.config._attn_implementation}"
+        now = found.config._attn_implementation
+        before = [(inner, vars(inner).pop(PREVIOUS, None)) for inner in _models(found)]
+        if not _is_ours(now):
+            continue
+        title = f"{type(found).__name__}'s attention"
+        if before[0][1] is None or _is_ours(before[0][1]):
+            skipped[name] = f"{title}: {now}, and no other before it; call set_attn_implementation('sdpa')"
+            continue
+        # An outer model sets the inner ones too, which come after it.
+        for inner, implementation in before:
+            if implementation is not None:
+                inner.set_attn_implementation(implementation)
+        swapped[name] = f"{title}: {now} -> {found.config._attn_implementation}"
+
+
+def _is_ours(implementation: str) -> bool:
+    registered = sys.modules["transformers"].AttentionInterface()
+    found = registered[implementation] if implementation in registered.valid_keys() else None
+    return getattr(found, "func", None) is attention_forward
 
 
 def _models(model: torch.nn.Module) -> list[torch.nn.Module]:
