@@ -213,6 +213,15 @@ def plain_parameters_job():
     found = torch.autograd.grad(y.sum(), list(module.parameters()))
     assert not any(isinstance(t, DTensor) for t in found)
     torch.testing.assert_close(found, expected)
+    leaves, sinks = qkv(B, H, heads_kv=H_KV, M=M, N=M, **DOUBLE), torch.randn(H, **DOUBLE)
+    for wanted in (True, False):
+        whole, plain = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
+        mine, own = (sinks.clone().requires_grad_(wanted) for _ in range(2))
+        parts = divided(plain, on, [Shard(1)])
+        attention(*parts, sinks=own, enable_gqa=True).sum().backward()
+        attention(*whole, sinks=mine, enable_gqa=True).sum().backward()
+        assert_whole([t.grad for t in parts], [t.grad for t in whole])
+        assert not wanted or torch.allclose(own.grad, mine.grad)
 
 
 def test_plain_parameters_get_plain_gradients(processes):

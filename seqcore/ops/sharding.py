@@ -141,6 +141,8 @@ class _Division:
         """The result that ``part`` is this process's part of; a gradient, if ``like`` is the input it belongs to."""
         if isinstance(part, (list, tuple)):
             return [self.leave(dims, *pair) for pair in zip(part, like, strict=True)]
+        if like is not None and part.shape == (0,) != like.shape:
+            return part  # in the place of a gradient that nobody wants
         found = self._placed(dims, part, like)
         # What came as a plain tensor gets a plain gradient.
         return found if like is None or isinstance(like, DTensor) else _local(found, [Replicate()] * self.mesh.ndim)
