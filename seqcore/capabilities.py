@@ -1,5 +1,6 @@
 """What each backend can do, and every reason why it cannot serve a request."""
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,7 +65,8 @@ def transforms_active() -> bool:
 
 
 def _to_onnx() -> bool:
-    return torch.onnx.is_in_onnx_export()
+    """Whether torch exports to ONNX; not asked of a process that has not imported the exporter, which takes time."""
+    return (torch.compiler.is_compiling() or "torch.onnx" in sys.modules) and torch.onnx.is_in_onnx_export()
 
 
 def recording() -> bool:

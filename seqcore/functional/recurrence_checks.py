@@ -196,7 +196,7 @@ def _check_alike(name: str, role: str, what: str, x: Tensor, other: Tensor) -> N
     if not other.is_floating_point() or not x.is_floating_point():
         raise InvalidInput(f"{name}: needs floating point, got input {x.dtype} and {what} {other.dtype}")
     # Autocast brings all dtypes together but float64, which it leaves as it is.
-    if target_dtype(other) != target_dtype(x):
+    if other.dtype != x.dtype and target_dtype(other) != target_dtype(x):
         raise InvalidInput(
             f"{name}: input dtype ({x.dtype}) does not match {role} dtype ({other.dtype}, {what}). "
             f"Convert input: input.to({other.dtype}), or convert the other: .to({x.dtype})"
