@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .errors import InvalidInput
+from .functional.recurrence import State
 from .functional.values import readable
 from .nn import GRU, LSTM, RNN
-
-State = Tensor | tuple[Tensor, Tensor]
 
 
 def truncated_bptt(

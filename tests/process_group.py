@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# A program under torchrun on two processes, and what an environment has for processes that share a few cores.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+SMALL = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 TIMEOUT = 120  # seconds for one job; some wait for a compiler
 
 
@@ -30,7 +33,7 @@ class Processes:
         self._folder = tempfile.TemporaryDirectory()
         listener = Listener(authkey=b"tests")
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment = os.environ | SMALL | {"PYTHONPATH": path}
         store = Path(self._folder.name, "store")
         self._processes = [
             subprocess.Popen(

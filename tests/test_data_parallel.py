@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from seqcore.distributed import cost
 from seqcore.testing.traffic import Traffic
 
 from .distributed_twins import DOUBLE, mesh
+from .process_group import SMALL, TORCHRUN
 from .test_examples import EXAMPLES, load
 
 BATCH, T, WIDTH = 8, 5, 8
@@ -147,12 +147,11 @@ def children(of: int) -> list[int]:
 
 def launch(strategy: str, folder: Path, kill_at: int | None) -> tuple[str, list[tuple[int, float]]]:
     """What torchrun wrote if it failed, and the losses of a run of the example, a process killed at ``kill_at``."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(EXAMPLES / "distributed_training.py"), "--strategy", strategy, "--folder", str(folder),
+    command = (
+        *TORCHRUN, str(EXAMPLES / "distributed_training.py"), "--strategy", strategy, "--folder", str(folder),
         "--steps", str(STEPS), "--save-every", str(SAVE_EVERY),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    )  # fmt: skip
+    environment = os.environ | SMALL | {"CUDA_VISIBLE_DEVICES": ""}
     losses, errors = [], folder / "errors.txt"
     with errors.open("w") as stderr, subprocess.Popen(
         command, env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=stderr

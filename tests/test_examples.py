@@ -14,6 +14,8 @@ import triton.language as tl  # noqa: F401  (the interpreter looks for it)
 import seqcore
 from seqcore.testing import check_cell
 
+from .process_group import SMALL, TORCHRUN
+
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
@@ -54,11 +56,8 @@ def test_cached_generation(capsys, monkeypatch):
 
 
 def test_long_sequence(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(EXAMPLES / "long_sequence.py")], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    command = (*TORCHRUN, str(EXAMPLES / "long_sequence.py"))
+    done = subprocess.run(command, env=os.environ | SMALL, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 processes, 256 positions: attention equals one process's" in done.stdout
     assert "2 layers, 8 chunks: gradients equal one process's" in done.stdout

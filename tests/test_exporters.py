@@ -108,8 +108,8 @@ def quiet():
 
 def check_onnx(model, x):
     """What ONNX's own evaluator makes of the exported model is what the model does; returns the names of operators."""
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxscript", reason="what exports to ONNX is not installed")
     proto = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto
     evaluator = onnx.reference.ReferenceEvaluator(proto)
     found = evaluator.run(None, {proto.graph.input[0].name: x.numpy()})

@@ -12,16 +12,13 @@ from seqcore.distributed.pipeline import HEADER
 from seqcore.testing.traffic import Traffic
 
 from .distributed_twins import DOUBLE
+from .recurrence_twins import mapped
 
 T, B, WIDTH, STEPS = 11, 3, 4, 4
 
 
 def layers(kind: str, **options):
     return [getattr(seqcore.nn, kind)(WIDTH, WIDTH, **options, **DOUBLE) for _ in range(dist.get_world_size())]
-
-
-def mapped(function, state):
-    return function(state) if isinstance(state, torch.Tensor) else tuple(function(t) for t in state)
 
 
 def one_process(modules, x, states, truncate: bool):

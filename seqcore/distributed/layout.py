@@ -45,6 +45,14 @@ def check_plain(name: str, *tensors: Tensor) -> None:
         raise InvalidInput(f"{name}: takes a process's own part as a plain tensor, got a DTensor; pass its to_local()")
 
 
+def check_parts(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise for what is no process's part of attention's queries, keys and values."""
+    check_plain(name, query, key, value)
+    if any(t.dim() != 4 for t in (query, key, value)):
+        shapes = [list(t.shape) for t in (query, key, value)]
+        raise InvalidInput(f"{name}: query, key and value must be [B, heads, rows, width], got {shapes}")
+
+
 def check_layout(layout: str) -> None:
     if layout not in LAYOUTS:
         raise InvalidInput(f"seqcore.distributed: layout must be 'contiguous' or 'zigzag', got {layout!r}")

@@ -15,13 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+from ..functional.recurrence import State
 from .layout import Group, group_of
 
 # What goes before the first chunk: the shape of all of them together, their dtype, and the steps of a chunk.
 HEADER = 5
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-State = Tensor | tuple[Tensor, Tensor]
 
 
 class PipelineResult(NamedTuple):
@@ -74,7 +73,7 @@ class TimePipeline:
         """The output without gradients: ``input`` on the first process; ``hx`` this process's initial state."""
         with torch.no_grad():
             chunks = self._run(input, hx)
-        return self._result(chunks, None)
+        return PipelineResult(self._output(chunks), None, _leaves(chunks[-1].after, False))
 
     def step(
         self, input: Tensor | None = None, hx: State | None = None, *, loss: Callable[[Tensor], Tensor] | None = None
@@ -94,15 +93,16 @@ class TimePipeline:
         if not torch.is_grad_enabled():
             raise InvalidInput("TimePipeline.step: computes gradients, got called under no_grad; call forward there")
         chunks = self._run(input, hx)
-        value, gradients = None, [None] * len(chunks)
+        output, value, gradients = self._output(chunks), None, [None] * len(chunks)
         if self.is_last:
-            output = torch.cat([chunk.output.detach() for chunk in chunks], self._time).requires_grad_()
-            value = loss(output)
+            leaf = output.detach().requires_grad_()
+            value = loss(leaf)
             value.backward()
-            gradient = torch.zeros_like(output) if output.grad is None else output.grad
+            value = value.detach()
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             gradients = gradient.split(self.steps, self._time)
         self._run_back(chunks, gradients, input, hx)
-        return self._result(chunks, None if value is None else value.detach())
+        return PipelineResult(output, value, _leaves(chunks[-1].after, False))
 
     def _run(self, input: Tensor | None, hx: State | None) -> list["_Chunk"]:
         shape, dtype, device = self._incoming(input)
@@ -125,7 +125,9 @@ class TimePipeline:
                 # Nothing goes back: of what has passed on only the last state is needed, and here the output.
                 chunks = [*(chunks if self.is_last else ()), _Chunk(None, None, y, after)]
             if not self.is_last:
-                sent += self._send(y, shape, self.rank + 1, with_header=begin == 0)
+                if not begin:
+                    sent.append(self._send(self._header(y, shape[self._time]), self.rank + 1))
+                sent.append(self._send(y.detach(), self.rank + 1))
             state = after
         for work in sent:
             work.wait()
@@ -145,7 +147,7 @@ class TimePipeline:
                 torch.autograd.backward(*zip(*pairs, strict=True))
             if not self.is_first:
                 dx = torch.zeros_like(chunk.input) if chunk.input.grad is None else chunk.input.grad
-                sent += self._send(dx, None, self.rank - 1, with_header=False)
+                sent.append(self._send(dx, self.rank - 1))
             dstate = None if self.truncate else [t.grad for t in _tensors(chunk.before)]
         for leaf, given in zip(_tensors(chunks[0].before), _tensors(hx), strict=True):
             _accumulate(given, leaf.grad)
@@ -176,17 +178,17 @@ class TimePipeline:
             raise InvalidInput(f"TimePipeline: steps must be the same on all processes, got {steps} and {self.steps}")
         return shape, _DTYPES[dtype], device
 
-    def _send(self, tensor: Tensor, shape: list[int] | None, to: int, with_header: bool) -> list["_Sent"]:
-        tensors = [tensor.detach().contiguous()]
-        if with_header:
-            whole = [shape[dim] if dim == self._time else n for dim, n in enumerate(tensor.shape)]
-            header = torch.tensor([*whole, _DTYPES.index(tensor.dtype), self.steps], device=tensor.device)
-            tensors.insert(0, header)
-        return [_Sent(t, dist.isend(t, group=self.group, group_dst=to)) for t in tensors]
+    def _header(self, first: Tensor, length: int) -> Tensor:
+        """What ``_incoming`` of the next process reads, before the ``first`` chunk of ``length`` steps in all."""
+        whole = [length if dim == self._time else n for dim, n in enumerate(first.shape)]
+        return torch.tensor([*whole, _DTYPES.index(first.dtype), self.steps], device=first.device)
 
-    def _result(self, chunks: list["_Chunk"], loss: Tensor | None) -> PipelineResult:
-        output = torch.cat([chunk.output.detach() for chunk in chunks], self._time) if self.is_last else None
-        return PipelineResult(output, loss, _leaves(chunks[-1].after, False))
+    def _send(self, tensor: Tensor, to: int) -> "_Sent":
+        tensor = tensor.contiguous()
+        return _Sent(tensor, dist.isend(tensor, group=self.group, group_dst=to))
+
+    def _output(self, chunks: list["_Chunk"]) -> Tensor | None:
+        return torch.cat([chunk.output.detach() for chunk in chunks], self._time) if self.is_last else None
 
 
 class _Chunk(NamedTuple):

@@ -24,7 +24,7 @@ from ..functional.autocast import cast
 from ..ops import attention as ops
 from ..reference.attention import NEGATIVE_INFINITY
 from ..reference.recurrence import wide
-from .layout import Group, check_layout, check_plain, group_of
+from .layout import Group, check_layout, check_parts, group_of
 
 
 def ring_attention(
@@ -63,10 +63,8 @@ def ring_attention(
     """
     check_layout(layout)
     group = group_of(group)
-    check_plain("ring_attention", query, key, value)
+    check_parts("ring_attention", query, key, value)
     shapes = [list(t.shape) for t in (query, key, value)]
-    if any(len(shape) != 4 for shape in shapes):
-        raise InvalidInput(f"ring_attention: query, key and value must be [B, heads, rows, width], got {shapes}")
     heads = {shape[1] for shape in (shapes if not enable_gqa else shapes[1:])}
     if len({shape[0] for shape in shapes}) > 1 or len(heads) > 1:
         raise InvalidInput(

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import functional
 from ..errors import InvalidInput
 from ..functional.autocast import cast
-from .layout import Group, check_plain, group_of
+from .layout import Group, check_parts, group_of
 
 _BY_HEAD = ("alibi_slopes", "sinks")
 
@@ -43,10 +43,7 @@ def ulysses_attention(
     """
     group = group_of(group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    check_plain("ulysses_attention", query, key, value)
-    if any(t.dim() != 4 for t in (query, key, value)):
-        shapes = [list(t.shape) for t in (query, key, value)]
-        raise InvalidInput(f"ulysses_attention: query, key and value must be [B, heads, rows, width], got {shapes}")
+    check_parts("ulysses_attention", query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.shape[1] % ranks:
             raise InvalidInput(

@@ -62,7 +62,7 @@ def _of_attention(given: Given) -> str:
 
 
 def _of_weights(given: Given) -> str:
-    if given["dropout_p"] and _Division(RULES["attention_forward"], given).divided_by("H"):
+    if given["dropout_p"] and "H" in _Division(RULES["attention_forward"], given).by:
         raise UnsupportedInput(
             "averaged weights of heads that are divided among processes, which drop apart, cannot be given; divide by "
             "batch, or pass dropout_p=0"
@@ -102,13 +102,11 @@ class _Division:
         if "T" in self.sizes:
             self.sizes["R"] = {max(self.sizes["T"]) * max(self.sizes["B"])}
         self.by: list[str | None] = []
+        divisible = rule.divisible(given)
         for axis in range(self.mesh.ndim):
             placed = [(dims, tensor.placements[axis]) for dims, tensor in named if isinstance(tensor, DTensor)]
             letters = [dims[place.dim] for dims, place in placed if isinstance(place, Shard)]
-            self.by.append(next((x for x in letters if x in rule.divisible(given) and self._fits(x, axis)), None))
-
-    def divided_by(self, letter: str) -> bool:
-        return letter in self.by
+            self.by.append(next((x for x in letters if x in divisible and self._fits(x, axis)), None))
 
     def _fits(self, letter: str, axis: int) -> bool:
         """A batch may be divided unevenly; heads may not, or queries would end up beside the keys of another group."""
