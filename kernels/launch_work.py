@@ -41,8 +41,9 @@ def _sequence(grid: tuple[int, ...], a: Arguments, a_token: int, a_sequence: int
 
 
 def _recurrence_forward(grid: tuple[int, ...], a: Arguments) -> Metrics:
-    """Reads x_gates, weights and the initial state; writes y, the final state and what is kept for backward."""
-    a_token = a["GATES"] + 1 + a["SAVE_CELLS"] + a["SAVE"] * a["SAVED"]
+    """Reads x_gates and what stands behind them, weights and the initial state; writes y, the final state and what is
+    kept for backward."""
+    a_token = a["GATES"] + a["EXTRA"] + 1 + a["SAVE_CELLS"] + a["SAVE"] * a["SAVED"]
     return _sequence(grid, a, a_token, 2 * (1 + a["HAS_C"]), a["BIAS"])
 
 
@@ -66,7 +67,7 @@ def _recurrence_step(grid: tuple[int, ...], a: Arguments) -> Metrics:
 
 def _pointwise(grid: tuple[int, ...], a: Arguments) -> Metrics:
     """Both pre-activations and the entering state, and what they save: no product."""
-    elements = a["R"] * a["H"] * (2 * a["GATES"] + 1 + a["HAS_C"] + a["SAVED"])
+    elements = a["R"] * a["H"] * (2 * a["GATES"] + a["EXTRA"] + 1 + a["HAS_C"] + a["SAVED"])
     return _metrics(0, elements * a["h_ptr"].element_size(), a["h_ptr"])
 
 

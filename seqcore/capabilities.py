@@ -16,7 +16,7 @@ MAX_HEAD_DIM = 256
 # What an operation may be asked for beyond its plain form, and which backend serves it. The reference serves all.
 TRITON_FEATURES = {
     "recurrence": {
-        "packed input", "lengths", "reset", "proj_size", "blocks", "grad_clip", "recompute", "return_cells",
+        "packed input", "lengths", "reset", "proj_size", "blocks", "grad_clip", "recompute", "return_cells", "zoneout",
         "a cell of one's own", "a cell without reference_backward",
     },
     "attention": {

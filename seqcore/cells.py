@@ -39,6 +39,8 @@ class Cell:
             differentiable ``reference`` instead, also in compiled graphs.
         apart: whether ``dx_gates`` and ``dh_gates`` differ; if they never do, False saves a third of the writing.
         saves_output: whether ``saved`` is the new h alone, which then need not be stored twice.
+        extra: how many tiles a step takes of each unit besides its gates; they follow these in ``x_gates``, belong to
+            no product and get no gradient. Only the operators and the library's own cells for zoneout pass any.
 
     Raises:
         InvalidInput: if the name is taken, or ``reference`` does not take or return what it should.
@@ -55,6 +57,7 @@ class Cell:
     reference_backward: Callable[..., Any] | None = None
     apart: bool = True
     saves_output: bool = False
+    extra: int = 0
     saved: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +65,8 @@ class Cell:
             raise InvalidInput(f"cell {self.name!r}: states must be ('h',) or ('h', 'c'), got {self.states!r}")
         if not isinstance(self.gates, int) or self.gates < 1:
             raise InvalidInput(f"cell {self.name!r}: gates must be a positive integer, got {self.gates!r}")
+        if not isinstance(self.extra, int) or self.extra < 0:
+            raise InvalidInput(f"cell {self.name!r}: extra must be a number of tiles, 0 or more, got {self.extra!r}")
         before = _registry.get(self.name)
         if before is not None and before._origin != self._origin:
             raise InvalidInput(f"a cell named {self.name!r} exists already, from {before._origin}; choose another name")
@@ -80,7 +85,8 @@ class Cell:
         """How many tensors a step saves for backward, by making one."""
         one = torch.zeros(1, 1, device="cpu")
         try:
-            state, saved = self.reference((one,) * self.gates, (one,) * self.gates, (one,) * len(self.states))
+            inputs = (one,) * (self.gates + self.extra)
+            state, saved = self.reference(inputs, (one,) * self.gates, (one,) * len(self.states))
         except Exception as error:
             raise InvalidInput(
                 f"cell {self.name!r}: reference(x_gates, h_gates, state), with {self.gates} gates and "
@@ -113,7 +119,8 @@ def find(cell: "Cell | str") -> Cell:
     if isinstance(cell, Cell):
         return cell
     if cell not in _registry:
-        raise InvalidInput(f"unknown cell {cell!r}: allowed are {', '.join(map(repr, _registry))}, or a seqcore.Cell")
+        names = ", ".join(repr(name) for name, known in _registry.items() if not known.extra)
+        raise InvalidInput(f"unknown cell {cell!r}: allowed are {names}, or a seqcore.Cell")
     return _registry[cell]
 
 
@@ -135,3 +142,8 @@ RNN_RELU = _built_in("rnn_relu", 1, ("h",), apart=False, saves_output=True)
 GRU = _built_in("gru", 3, ("h",))
 LSTM = _built_in("lstm", 4, ("h", "c"), apart=False)
 BUILT_IN = (RNN_TANH, RNN_RELU, GRU, LSTM)
+# Each with zoneout, by its name without.
+ZONEOUT = {
+    cell.name: _built_in(f"{cell.name}_zoneout", cell.gates, cell.states, apart=cell.apart, extra=len(cell.states))
+    for cell in BUILT_IN
+}

@@ -18,7 +18,9 @@ OURS = {getattr(torch_nn, name): getattr(nn, name) for name in NAMES}
 TORCHS = {ours: theirs for theirs, ours in OURS.items()} | torchrl.TORCHS
 
 # What torch's classes lack, by the attribute that says so, and the value of it that asks for nothing.
-BEYOND_TORCH = {"blocks": 1, "grad_clip": None, "recompute": False, "rotary": None, "alibi": False}
+BEYOND_TORCH = {
+    "blocks": 1, "grad_clip": None, "recompute": False, "locked": False, "zoneout": 0.0, "rotary": None, "alibi": False,
+}  # fmt: skip
 # Where a TransformerEncoder keeps that it made nested tensors before its attention became ours.
 NESTED = "_seqcore_made_nested_tensors"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seqcore.cells import BUILT_IN
+from seqcore.cells import BUILT_IN, ZONEOUT
 from seqcore.kernels import tuning
 from seqcore.kernels.recurrence.plan import split
 from seqcore.testing import aot, aot_usage
@@ -41,7 +41,8 @@ def test_catalogue_holds_every_kernel_and_no_other():
 
 def test_catalogue_holds_every_cell_and_every_tuned_configuration():
     entries = catalogue()
-    assert {e.tags["cell"] for e in entries if "cell" in e.tags} == {cell.name for cell in BUILT_IN}
+    cells = {cell.name for cell in (*BUILT_IN, *ZONEOUT.values())}
+    assert {e.tags["cell"] for e in entries if "cell" in e.tags} == cells
     for target in TARGETS:
         for operation in (name for name in tuning.table(target) if name.startswith("attention")):
             # Of few queries, only as many rows as they take.

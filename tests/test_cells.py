@@ -218,6 +218,7 @@ def define(name="test_new", gates=2, states=("h",), reference=mgu, **options):
     ({"states": ["h"]}, "states must be"),
     ({"gates": 0}, "gates must be a positive integer, got 0"),
     ({"gates": 2.0}, "gates must be a positive integer, got 2.0"),
+    ({"extra": -1}, "extra must be a number of tiles, 0 or more, got -1"),
     ({"gates": 1}, r"with 1 gates and 1 states in tuples, must return \(state, saved\).*IndexError"),
     ({"states": ("h", "c")}, "reference must return 2 states, got 1"),
     ({"reference": lambda x, h, state: state}, "must return .* it raised"),

@@ -324,6 +324,25 @@ def test_recurrence_with_lengths_and_resets(processes):
     processes(2).run(recurrence_job, "lstm", 3, Shard(1), Shard(1), options)
 
 
+def zoneout_job():
+    on = mesh(2)
+    module = ours(torch_module("lstm", hidden=6, bidirectional=True, **DOUBLE), None, zoneout=(0.5, 0.2))
+    alike = torch.randn(5, 1, 4, **DOUBLE).expand(5, 4, 4)
+    expected = module.eval()(alike)[0]
+    distribute_module(module, on)
+    (part,) = divided([alike], on, [Shard(1)])
+    assert_whole([module(part)[0]], [expected])
+    drawn = module.train()(part)[0]
+    assert drawn.placements == (Shard(1),)
+    gradients([drawn], [part, *module.parameters()])
+    whole = drawn.full_tensor()
+    assert not any(torch.equal(whole[:, a], whole[:, b]) for a in range(4) for b in range(a))
+
+
+def test_zoneout_draws_apart_for_every_sequence(processes):
+    processes(2).run(zoneout_job)
+
+
 def refused_job():
     on = mesh(2)
     gru, x = seqcore.nn.GRU(4, 6), torch.randn(5, 4, 4)

@@ -42,6 +42,8 @@ CASES = {
     "lstm, blocks streaming": ("lstm", {"H": 48}, {"blocks": 2}, "packed", {"hold": False, "fold": 4}),
     "lstm, swapped": ("lstm", {"H": 50}, {}, "padded", {"swap": True, "stage": 1}),
     "lstm_proj, masked": ("lstm_proj", {}, {}, "masked", {}),
+    # In expectation: what training draws would be another at each run.
+    "lstm, zoneout": ("lstm", {}, {"zoneout": (0.4, 0.2), "recompute": True, "training": False}, "padded", {}),
 }
 
 

@@ -207,7 +207,7 @@ def test_launches_tell_within_the_block_only():
     with launch_work.counted():
         h = torch.zeros(2, 3, dtype=torch.float16)
         told = pointwise_kernel.launch_metadata(
-            (1, 1), None, {"R": 2, "H": 3, "GATES": 3, "SAVED": 4, "HAS_C": False, "h_ptr": h}
+            (1, 1), None, {"R": 2, "H": 3, "GATES": 3, "EXTRA": 0, "SAVED": 4, "HAS_C": False, "h_ptr": h}
         )
         assert told == {"flops16": 0, "bytes": 2 * 2 * 3 * (3 + 3 + 1 + 4)}
     assert pointwise_kernel.launch_metadata is None

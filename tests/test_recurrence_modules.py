@@ -157,7 +157,7 @@ def test_construction(name, args, kwargs):
     torch.manual_seed(3)
     module = getattr(seqcore.nn, name)(*args, **kwargs)
     assert repr(module) == repr(twin)
-    assert vars(module).keys() - {"backend", "grad_clip", "recompute"} == vars(twin).keys()
+    assert vars(module).keys() - {"backend", "grad_clip", "recompute", "locked", "zoneout"} == vars(twin).keys()
     for option in twin.__constants__:
         assert getattr(module, option) == getattr(twin, option)
     assert module.state_dict().keys() == twin.state_dict().keys()

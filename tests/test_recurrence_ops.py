@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from seqcore import cells
+from seqcore import InvalidInput, cells
 from seqcore.autograd import recurrence as autograd
 from seqcore.autograd.recurrence import RecurrenceFunction, Settings
 from seqcore.ops import library
@@ -29,11 +29,14 @@ LAYERS = {
     "lstm": ("lstm", 2, True, 0, 1, PADDED, {"return_cells": True}),
     "lstm_blocks_packed": ("lstm", 1, True, 0, 2, PACKED, {"recompute": True, "return_cells": True}),
     "lstm_proj_masked": ("lstm", 2, True, 3, 1, MASKED, {"return_cells": True}),
+    "rnn_relu_zoneout": ("rnn_relu_zoneout", 2, True, 0, 1, PADDED, {}),
+    "gru_zoneout_packed": ("gru_zoneout", 2, True, 0, 2, PACKED, {}),
+    "lstm_zoneout_masked": ("lstm_zoneout", 2, True, 0, 1, MASKED, {"recompute": True, "return_cells": True}),
 }
 
 
 def layer(name, hidden=H, **options):
-    """The settings, the tensors x, h0, c0 or None and weights, and the layout of one of ``LAYERS``."""
+    """The settings, the tensors x, h0, c0 or None, weights and extra or None, and the layout of one of ``LAYERS``."""
     cell, directions, bias, projection, blocks, layout, settings = LAYERS[name]
     count, outputs, units = cells.find(cell).gates, projection or hidden, hidden // blocks
     gates = count * hidden
@@ -42,14 +45,18 @@ def layer(name, hidden=H, **options):
     shapes += [(outputs, hidden)] if projection else []
     weights = [torch.randn(shape, **options) for _ in range(directions) for shape in shapes]
     x = torch.randn(*((int(BATCH_SIZES.sum()),) if layout[0] is not None else (T, B)), I, **options)
-    c0 = torch.randn(directions, B, hidden, **options) if cell == "lstm" else None
+    c0 = torch.randn(directions, B, hidden, **options) if cells.find(cell).has_c else None
     h0 = torch.randn(directions, B, outputs, **options)
-    return Settings(cell, directions, bias, **settings), x, h0, c0, weights, layout
+    taken = cells.find(cell).extra * hidden
+    extra = torch.rand(directions, *x.shape[:-1], taken) < 0.4 if taken else None
+    return Settings(cell, directions, bias, **settings), x, h0, c0, weights, extra, layout
 
 
 def forward_arguments(name, save_gates=True, save_cells=True, **options):
-    settings, x, h0, c0, weights, layout = layer(name, **options)
-    return (settings.cell, x, h0, c0, weights, settings.directions, settings.bias, *layout, save_gates, save_cells)
+    """Of ``ops.forward``, all by position but the last."""
+    settings, x, h0, c0, weights, extra, layout = layer(name, **options)
+    given = (settings.cell, x, h0, c0, weights, settings.directions, settings.bias, *layout, save_gates, save_cells)
+    return given, {"extra": extra}
 
 
 def gradients(results, every):
@@ -61,21 +68,22 @@ def gradients(results, every):
 @pytest.mark.parametrize("save", [(True, True), (False, True), (False, False)], ids=["save", "recompute", "no_save"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_forward_operator(name, save):
-    torch.library.opcheck(ops.forward.default, forward_arguments(name, *save))
+    torch.library.opcheck(ops.forward.default, *forward_arguments(name, *save))
 
 
 @pytest.mark.parametrize("recompute, clip, need_dx", [(False, None, True), (True, 0.1, False)], ids=["plain", "other"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_backward_operator(name, recompute, clip, need_dx):
-    arguments = forward_arguments(name, not recompute)
-    results = ops.forward(*arguments)
+    arguments, extra = forward_arguments(name, not recompute)
+    results = ops.forward(*arguments, **extra)
     grads = gradients(results, every=need_dx)
-    torch.library.opcheck(ops.backward.default, (*arguments[:-2], results[0], *results[3:], *grads, clip, need_dx))
+    given = (*arguments[:-2], results[0], *results[3:], *grads, clip, need_dx)
+    torch.library.opcheck(ops.backward.default, given, extra)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_fake_results_match_real_ones_in_every_dtype(dtype):
-    arguments = forward_arguments("lstm_proj_masked", dtype=dtype)
+    arguments, _ = forward_arguments("lstm_proj_masked", dtype=dtype)
     real = ops.forward(*arguments)
     options = *gradients(real, every=True), 0.1, True
     real_backward = ops.backward(*arguments[:-2], real[0], *real[3:], *options)
@@ -93,12 +101,12 @@ def test_fake_results_match_real_ones_in_every_dtype(dtype):
 
 def function_and_inputs(name, hidden, grad_clip=None):
     """A function of the layer's differentiable tensors to its differentiable results, and those tensors."""
-    settings, x, h0, c0, weights, layout = layer(name, hidden, **DOUBLE)
+    settings, x, h0, c0, weights, extra, layout = layer(name, hidden, **DOUBLE)
     settings = settings._replace(grad_clip=grad_clip)
 
     def run(x, h0, *rest):
-        c0, weights = (None, rest) if settings.cell != "lstm" else (rest[0], rest[1:])
-        y, h_n, c_n, _, all_c, _ = RecurrenceFunction.apply(settings, True, x, h0, c0, *layout, *weights)
+        c0, weights = (rest[0], rest[1:]) if cells.find(settings.cell).has_c else (None, rest)
+        y, h_n, c_n, _, all_c, _ = RecurrenceFunction.apply(settings, True, x, h0, c0, *layout, extra, *weights)
         return (y, h_n) if c0 is None else (y, h_n, c_n, all_c)
 
     return run, [t.requires_grad_() for t in (x, h0, c0, *weights) if t is not None]
@@ -156,17 +164,27 @@ def test_gradient_for_some_inputs_only(wanted, create_graph):
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("option", ["", "recompute", "return_cells"])
 def test_forward_saves_only_for_a_backward_that_may_come(monkeypatch, grad_enabled, wanted, option):
-    settings, x, h0, c0, weights, layout = layer("lstm")
+    settings, x, h0, c0, weights, _, layout = layer("lstm")
     settings = Settings(*settings[:3], **{option: True} if option else {})
     asked = []
     forward = ops.forward
-    monkeypatch.setattr(ops, "forward", lambda *arguments: asked.append(arguments[-2:]) or forward(*arguments))
+    monkeypatch.setattr(ops, "forward", lambda *arguments: asked.append(arguments[-3:-1]) or forward(*arguments))
     with torch.set_grad_enabled(grad_enabled):
         grouped = group(weights, settings.directions, settings.bias)
         every_c = autograd.layer(settings, x.requires_grad_(wanted), h0, c0, *layout, grouped)[3]
     save = grad_enabled and wanted
     assert asked == [(save and option != "recompute", save or option == "return_cells")]
     assert (every_c is not None) == (option == "return_cells")
+
+
+@pytest.mark.parametrize("name, extra, message", [
+    ("gru_zoneout_packed", None, "cell 'gru_zoneout' takes 1 tiles as extra=, got none"),
+    ("lstm", torch.zeros(2, T, B, H), r"cell 'lstm' takes 0 tiles as extra=, got \[2, 4, 3, 6\]"),
+])  # fmt: skip
+def test_what_a_cell_takes_besides_its_gates_must_be_there(name, extra, message):
+    arguments, _ = forward_arguments(name)
+    with pytest.raises(InvalidInput, match=message):
+        ops.forward(*arguments, extra=extra)
 
 
 def test_on_a_gpu_the_tensors_own_device_is_the_current_one(monkeypatch):

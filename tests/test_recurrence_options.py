@@ -99,7 +99,7 @@ def test_gradients_of_a_c_that_is_not_there_are_not_looked_at(device):
     twin, x, hx = problem("gru", device=device)
     inputs = [t.requires_grad_() for t in (x, hx, *twin.parameters())]
     y, _, c_n, _, cells, _ = RecurrenceFunction.apply(
-        Settings("gru", 1, True), True, x, hx, None, None, None, None, *twin.parameters()
+        Settings("gru", 1, True), True, x, hx, None, None, None, None, None, *twin.parameters()
     )
     expected = torch.autograd.grad(y, inputs, cotangents([y]), retain_graph=True)
     given = [*cotangents([y]), torch.zeros_like(c_n), torch.zeros_like(cells)]

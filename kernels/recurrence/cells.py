@@ -3,7 +3,8 @@
 A cell is a pair of device functions over float32 tiles, and a tuple stands for whatever a cell has several of:
 
 ``step(x_gates, h_gates, state) -> (state, saved)``
-    ``x_gates = x W_ih^T + b_ih`` and ``h_gates = h W_hh^T + b_hh``, one tile a gate, in torch's gate order;
+    ``x_gates = x W_ih^T + b_ih`` and ``h_gates = h W_hh^T + b_hh``, one tile a gate, in torch's gate order; behind
+    them in ``x_gates`` whatever else a step takes of each unit (``Cell.extra``);
     ``state`` is (h,) or (h, c) entering the step and, returned, leaving it; ``saved`` is what backward needs.
 
 ``step_backward(saved, state, new_state, dstate) -> (dx_gates, dh_gates, dstate)``
@@ -90,6 +91,90 @@ def lstm_step_backward(saved, state, new_state, dstate):
     do = dh * tanh_c * o * (1.0 - o)
     dgates = (di, df, dg, do)
     return dgates, dgates, (tl.zeros_like(dh), dc * f)
+
+
+# Zoneout (Krueger et al., 2017) around each of these: behind the gates in ``x_gates`` stands ``keep``, a tile for each
+# state: 1 where a unit keeps what entered, 0 where it takes what the cell computed, and between the two in expectation.
+
+
+@triton.jit
+def _mixed(keep, old, new):
+    mixed = ()
+    for k in tl.static_range(len(keep)):
+        mixed = mixed + (keep[k] * old[k] + (1.0 - keep[k]) * new[k],)
+    return mixed
+
+
+@triton.jit
+def _to_computed(keep, dstate):
+    """Of the gradients of what ``_mixed`` gives, those of what the cell computed."""
+    found = ()
+    for k in tl.static_range(len(keep)):
+        found = found + ((1.0 - keep[k]) * dstate[k],)
+    return found
+
+
+@triton.jit
+def _with_kept(through_cell, keep, dstate):
+    """Gradients of the entering state: what came through the cell, and what came past it."""
+    found = ()
+    for k in tl.static_range(len(keep)):
+        found = found + (through_cell[k] + keep[k] * dstate[k],)
+    return found
+
+
+@triton.jit
+def rnn_tanh_zoneout_step(x_gates, h_gates, state):
+    computed, saved = rnn_tanh_step(x_gates, h_gates, state)
+    return _mixed(x_gates[1:], state, computed), saved + x_gates[1:]
+
+
+@triton.jit
+def rnn_tanh_zoneout_step_backward(saved, state, new_state, dstate):
+    keep = saved[1:]
+    da, _, through = rnn_tanh_step_backward(saved, state, new_state, _to_computed(keep, dstate))
+    return da, da, _with_kept(through, keep, dstate)
+
+
+@triton.jit
+def rnn_relu_zoneout_step(x_gates, h_gates, state):
+    computed, saved = rnn_relu_step(x_gates, h_gates, state)
+    return _mixed(x_gates[1:], state, computed), saved + x_gates[1:]
+
+
+@triton.jit
+def rnn_relu_zoneout_step_backward(saved, state, new_state, dstate):
+    keep = saved[1:]
+    da, _, through = rnn_relu_step_backward(saved, state, new_state, _to_computed(keep, dstate))
+    return da, da, _with_kept(through, keep, dstate)
+
+
+@triton.jit
+def gru_zoneout_step(x_gates, h_gates, state):
+    computed, saved = gru_step(x_gates, h_gates, state)
+    return _mixed(x_gates[3:], state, computed), saved + x_gates[3:]
+
+
+@triton.jit
+def gru_zoneout_step_backward(saved, state, new_state, dstate):
+    keep = saved[4:]
+    dx, dh, through = gru_step_backward(saved[:4], state, new_state, _to_computed(keep, dstate))
+    return dx, dh, _with_kept(through, keep, dstate)
+
+
+@triton.jit
+def lstm_zoneout_step(x_gates, h_gates, state):
+    """h is computed from the c that was, not from the one that is kept."""
+    computed, saved = lstm_step(x_gates, h_gates, state)
+    return _mixed(x_gates[4:], state, computed), saved + (computed[1],) + x_gates[4:]
+
+
+@triton.jit
+def lstm_zoneout_step_backward(saved, state, new_state, dstate):
+    keep = saved[5:]
+    computed = (new_state[0], saved[4])
+    dgates, _, through = lstm_step_backward(saved[:4], state, computed, _to_computed(keep, dstate))
+    return dgates, dgates, _with_kept(through, keep, dstate)
 
 
 settle(globals())

@@ -33,7 +33,7 @@ from .products import (
 
 @triton.jit(do_not_specialize=["T", "B", "R", "first_group", "groups", "initial_rows"])
 def recurrence_forward_kernel(
-    x_gates_ptr,  # [D, R, GATES * H] in rows of x_width * H: x W_ih^T + b_ih
+    x_gates_ptr,  # [D, R, (GATES + EXTRA) * H] in rows of x_width * H: x W_ih^T + b_ih, and what a step takes besides
     w_hh_ptr,  # [D, GATES, BLOCKS, UNITS, UNITS]
     b_hh_ptr,  # [D, GATES * H]; unread unless BIAS
     h_init_ptr,  # [D, B or 2B, H]: initial_rows
@@ -60,6 +60,7 @@ def recurrence_forward_kernel(
     y_width,
     STEP: tl.constexpr,
     GATES: tl.constexpr,
+    EXTRA: tl.constexpr,  # tiles of a step that belong to no product, behind the gates
     SAVED: tl.constexpr,
     HAS_C: tl.constexpr,
     BIAS: tl.constexpr,
@@ -137,7 +138,7 @@ def recurrence_forward_kernel(
     else:
         state = (h,)
     rows, exists, source = locate(0, steps, direction, offs_b, offset_ptr, active_ptr, source_ptr, B, R, MAPPED)
-    x_gates = load_gates(x_gates_ptr, rows, stride_x, columns, H, across(exists, ROW) & own, GATES, ROW)
+    x_gates = load_gates(x_gates_ptr, rows, stride_x, columns, H, across(exists, ROW) & own, GATES + EXTRA, ROW)
 
     for step in range(steps):
         if MAPPED:
@@ -244,7 +245,7 @@ def recurrence_forward_kernel(
         rows, exists, source = locate(
             following, steps, direction, offs_b, offset_ptr, active_ptr, source_ptr, B, R, MAPPED
         )
-        x_gates = load_gates(x_gates_ptr, rows, stride_x, columns, H, across(exists, ROW) & own, GATES, ROW)
+        x_gates = load_gates(x_gates_ptr, rows, stride_x, columns, H, across(exists, ROW) & own, GATES + EXTRA, ROW)
 
     if not MAPPED:
         tl.store(h_n_ptr + final + state_offs, state[0].to(h_n_ptr.dtype.element_ty), mask=exists_b & own)

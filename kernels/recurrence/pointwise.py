@@ -9,7 +9,7 @@ from .products import load_gates, store_gates
 
 @triton.jit(do_not_specialize=["R"])
 def pointwise_kernel(
-    x_gates_ptr,  # [R, GATES * H], rows stride_x
+    x_gates_ptr,  # [R, (GATES + EXTRA) * H], rows stride_x
     h_gates_ptr,  # [R, GATES * H], contiguous
     h_ptr,  # [R, H] entering each step, contiguous
     c_ptr,  # [R, H] likewise; unread unless HAS_C
@@ -20,6 +20,7 @@ def pointwise_kernel(
     stride_saved,
     STEP: tl.constexpr,
     GATES: tl.constexpr,
+    EXTRA: tl.constexpr,  # tiles that belong to no product, behind the gates
     SAVED: tl.constexpr,
     HAS_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -31,7 +32,7 @@ def pointwise_kernel(
     mask = (rows < R)[:, None] & (columns < H)[None, :]
     offs = rows[:, None] * H + columns[None, :]
 
-    x_gates = load_gates(x_gates_ptr, rows, stride_x, columns, H, mask, GATES, 1)
+    x_gates = load_gates(x_gates_ptr, rows, stride_x, columns, H, mask, GATES + EXTRA, 1)
     h_gates = load_gates(h_gates_ptr, rows, GATES * H, columns, H, mask, GATES, 1)
     state = (tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32),)
     if HAS_C:

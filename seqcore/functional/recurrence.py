@@ -14,14 +14,16 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import backends, devices
 from ..autograd import recurrence as autograd
 from ..capabilities import Request, transforms_active
-from ..cells import BUILT_IN, Cell, find
+from ..cells import BUILT_IN, ZONEOUT, Cell, find
 from ..kernels.recurrence.plan import Shape
 from ..reference import recurrence as reference
 from ..reference.recurrence import hidden_size
 from .autocast import cast, target_dtype
+from .dropout import between_layers
 from .recurrence_checks import check_cell, check_sequence
 from .recurrence_problem import Options, Problem
 from .sharded import sharded
+from .zoneout import Zoneout, kept
 
 State = Tensor | tuple[Tensor, Tensor]
 _ATEN = {"rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu, "gru": torch.gru, "lstm": torch.lstm}
@@ -50,6 +52,8 @@ def rnn(
     reset_hx: State | None = None,
     grad_clip: float | None = None,
     recompute: bool = False,
+    locked: bool = False,
+    zoneout: Zoneout = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Elman recurrence: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu of the same.
@@ -69,6 +73,11 @@ def rnn(
             travel on (Graves, "Generating Sequences With Recurrent Neural Networks", 2013, section 2.1).
         recompute: keep only y (and c) for backward, and make the gates again there with one more product. The
             reference keeps what autograd keeps, all the same.
+        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps; see :func:`locked_dropout`.
+        zoneout: probability of each unit to keep the state it entered a step with, drawn anew for every step and
+            sequence if ``training``; else the expectation, h_t = zoneout h_{t-1} + (1 - zoneout) h~_t. Not with a
+            projection. Source: Krueger et al., "Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations"
+            (2017).
         backend: see ``seqcore.use_backend``.
 
     Returns:
@@ -80,8 +89,9 @@ def rnn(
     """
     cell = _rnn_cell_name(nonlinearity)
     options = Options(
-        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip, recompute
-    )
+        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip, recompute,
+        locked=locked, zoneout=zoneout,
+    )  # fmt: skip
     return _sequence(cell, input, hx, weights, options, backend)
 
 
@@ -101,6 +111,8 @@ def gru(
     reset_hx: State | None = None,
     grad_clip: float | None = None,
     recompute: bool = False,
+    locked: bool = False,
+    zoneout: Zoneout = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Gated recurrent unit, resetting after the product as torch does: h_t = (1 - z) n + z h_{t-1}.
@@ -110,8 +122,9 @@ def gru(
     Source: Cho et al. (2014), in the variant of ``torch.nn.GRU``.
     """
     options = Options(
-        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip, recompute
-    )
+        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip, recompute,
+        locked=locked, zoneout=zoneout,
+    )  # fmt: skip
     return _sequence("gru", input, hx, weights, options, backend)
 
 
@@ -132,6 +145,8 @@ def lstm(
     grad_clip: float | None = None,
     recompute: bool = False,
     return_cells: bool = False,
+    locked: bool = False,
+    zoneout: Zoneout = 0.0,
     backend: str | None = None,
 ):
     """Long short-term memory: c_t = f c_{t-1} + i g, h_t = W_hr (o tanh c_t), W_hr absent without projection.
@@ -139,12 +154,13 @@ def lstm(
     Weights are stacked in the order i, f, g, o: w_ih [4H, I], w_hh [4H, P], biases [4H], and w_hr [P, H] last if
     the output is projected. ``hx`` is (h_0 [L*D, B, P], c_0 [L*D, B, H]); returned are y and (h_n, c_n), and, if
     ``return_cells``, the last layer's c of every step, [T, B, D*H] in the input's layout and as differentiable as y.
-    ``c`` is kept in float32 over the sequence. All else as :func:`rnn`. Source: Hochreiter & Schmidhuber (1997), Sak
-    et al. (2014) for the projection, in the form of ``torch.nn.LSTM``.
+    ``c`` is kept in float32 over the sequence. ``zoneout`` is of both states, or a pair, of h and of c; h~ = o tanh(c~)
+    is made of the c that a step computes, whether the unit then keeps the old one or not. All else as :func:`rnn`.
+    Source: Hochreiter & Schmidhuber (1997), Sak et al. (2014) for the projection, in the form of ``torch.nn.LSTM``.
     """
     options = Options(
         num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip,
-        recompute, return_cells,
+        recompute, return_cells, locked, zoneout,
     )  # fmt: skip
     return _sequence("lstm", input, hx, weights, options, backend)
 
@@ -167,17 +183,19 @@ def recurrence(
     grad_clip: float | None = None,
     recompute: bool = False,
     return_cells: bool = False,
+    locked: bool = False,
+    zoneout: Zoneout = 0.0,
     backend: str | None = None,
 ):
     """Any cell over a sequence: a ``seqcore.Cell`` of your own, or "rnn_tanh", "rnn_relu", "gru" or "lstm".
 
     With G the cell's gates, weights are w_ih [G*H, I or D*H], w_hh [G*H, H] and, if ``bias``, b_ih and b_hh [G*H].
     ``hx`` is h_0 [L*D, B, H], or (h_0, c_0) for cells with c; returned are y and the last state, and every step's c
-    if ``return_cells``. All else as :func:`rnn` and :func:`lstm`.
+    if ``return_cells``. All else as :func:`rnn` and :func:`lstm`; ``zoneout`` is for those four by name.
     """
     options = Options(
         num_layers, bias, batch_first, dropout, training, bidirectional, lengths, reset, reset_hx, grad_clip,
-        recompute, return_cells,
+        recompute, return_cells, locked, zoneout,
     )  # fmt: skip
     return _sequence(find(cell).name, input, hx, weights, options, backend)
 
@@ -191,12 +209,12 @@ def _rnn_cell_name(nonlinearity: str) -> str:
 def _sequence(cell: str, input, hx, weights, options: Options, backend: str | None):
     problem = check_sequence(cell, input, hx, weights, options)
     chosen = backends.choose(_request(problem, options), backend)
-    if chosen == "aten":
-        return problem.finish(*_aten(problem, options.dropout, options.training))
-    y, h_n, c_n, cells = reference.stack(
-        _layer_function(problem, options, chosen), problem.x, problem.h0, problem.c0, problem.weights,
-        dropout=options.dropout, training=options.training,
-    )  # fmt: skip
+    between = between_layers(problem, options)
+    tensors = problem.x, problem.h0, problem.c0, problem.weights
+    if chosen == "aten" and (between is None or not options.locked):
+        y, h_n, c_n, cells = _aten(problem, *tensors, options.dropout, options.training)
+    else:
+        y, h_n, c_n, cells = reference.stack(_layer_function(problem, options, chosen), *tensors, between)
     return problem.finish(y, h_n, c_n, cells if options.return_cells else None)
 
 
@@ -211,6 +229,7 @@ def _request(problem: Problem, options: Options) -> Request:
         "grad_clip": options.grad_clip is not None,
         "recompute": options.recompute,
         "return_cells": options.return_cells,
+        "zoneout": bool(problem.zoneout),
         "a cell of one's own": cell not in BUILT_IN,
         "a cell without reference_backward": cell.reference_backward is None,
     }
@@ -235,33 +254,40 @@ def _shape(problem: Problem) -> Shape:
 
 
 def _layer_function(problem: Problem, options: Options, chosen: str) -> reference.Layer:
-    """One layer of ``problem`` on our kernels or the reference, following autocast as torch's operators do."""
-    cell, batch_sizes, lengths, reset = problem.cell, problem.batch_sizes, problem.lengths, problem.reset
+    """One layer of ``problem`` by itself, following autocast as torch's operators do."""
+    if chosen == "aten":
+        return lambda x, h0, c0, weights: _aten(problem, x, h0, c0, [weights], 0.0, options.training)
+    cell = ZONEOUT[problem.cell].name if problem.zoneout else problem.cell
+    batch_sizes, lengths, reset = problem.batch_sizes, problem.lengths, problem.reset
 
     def layer(x, h0, c0, weights):
         x, h0, c0 = cast(x, h0, c0)
         weights = [reference.Weights(*cast(*direction)) for direction in weights]
+        extra = None
+        if problem.zoneout:
+            extra = kept(problem.zoneout, x, h0.shape[-1], len(weights), options.training)
         if chosen == "triton":
             settings = autograd.Settings(
                 cell, len(weights), problem.bias, options.grad_clip, options.recompute, options.return_cells
             )
-            return autograd.layer(settings, x, h0, c0, batch_sizes, lengths, reset, weights)
+            return autograd.layer(settings, x, h0, c0, batch_sizes, lengths, reset, weights, extra)
         steps = reference.padded_steps(*x.shape[:2]) if batch_sizes is None else reference.packed_steps(batch_sizes)
-        return reference.layer(cell, x, h0, c0, weights, steps, lengths, reset, options.grad_clip)
+        return reference.layer(cell, x, h0, c0, weights, steps, lengths, reset, options.grad_clip, extra)
 
     return layer
 
 
-def _aten(problem: Problem, dropout: float, training: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    hx = problem.h0 if problem.c0 is None else (problem.h0, problem.c0)
-    flat = [w for layer in problem.weights for direction in layer for w in direction if w is not None]
-    options = (problem.bias, len(problem.weights), dropout, training, len(problem.weights[0]) == 2)
+def _aten(problem: Problem, x, h0, c0, weights, dropout: float, training: bool) -> reference.LayerResult:
+    """The layers whose ``weights[layer][direction]`` these are, by torch's operator, which puts out no steps' c."""
+    hx = h0 if c0 is None else (h0, c0)
+    flat = [w for layer in weights for direction in layer for w in direction if w is not None]
+    options = (problem.bias, len(weights), dropout, training, len(weights[0]) == 2)
     function = _ATEN[problem.cell]
     if problem.batch_sizes is None:
-        y, *state = function(problem.x, hx, flat, *options, False)
+        y, *state = function(x, hx, flat, *options, False)
     else:
-        y, *state = function(problem.x, problem.batch_sizes, hx, flat, *options)
-    return y, state[0], state[1] if problem.c0 is not None else None
+        y, *state = function(x, problem.batch_sizes, hx, flat, *options)
+    return y, state[0], state[1] if c0 is not None else None, None
 
 
 def rnn_cell(

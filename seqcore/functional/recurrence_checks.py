@@ -13,6 +13,7 @@ from ..reference.sizes import is_zero
 from .autocast import target_dtype
 from .recurrence_problem import Options, Problem
 from .values import readable
+from .zoneout import probabilities
 
 
 def check_sequence(
@@ -57,6 +58,7 @@ def check_sequence(
     grouped = _check_weights(name, cell, x, weights, options.num_layers, options.bias, directions)
     hidden = hidden_size(grouped[0][0].w_hh, find(cell).gates)
     outputs = hidden if grouped[0][0].w_hr is None else grouped[0][0].w_hr.shape[0]
+    zoneout = probabilities(name, find(cell), options.zoneout, projected=grouped[0][0].w_hr is not None)
     batch = x.shape[1] if packed is None else _packed_batch(packed, hx)
     layers = options.num_layers * directions
     h0, c0 = _check_state(name, cell, x, hx, unbatched, packed, layers, batch, hidden, outputs)
@@ -78,7 +80,7 @@ def check_sequence(
     batch_sizes = None if packed is None else packed.batch_sizes
     return Problem(
         cell, x, h0, c0, grouped, options.bias, batch_sizes, lengths, reset, packed,
-        batch_first and not unbatched, unbatched,
+        batch_first and not unbatched, unbatched, zoneout,
     )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ class Options:
     grad_clip: float | None = None
     recompute: bool = False
     return_cells: bool = False
+    locked: bool = False
+    zoneout: float | tuple[float, float] = 0.0
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Problem:
     packed: PackedSequence | None = None
     batch_first: bool = False
     unbatched: bool = False
+    zoneout: tuple[float, ...] = ()  # of each state the probability to be kept
 
     @property
     def blocks(self) -> int:

@@ -1,7 +1,9 @@
 """Modules that take the place of ``torch.nn``'s, and what goes with them."""
 
+from . import init
 from .attention import MultiheadAttention
 from .cache import KVCache
+from .dropout import LockedDropout
 from .positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from .recurrence import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -13,8 +15,10 @@ __all__ = [
     "KVCache",
     "LSTMCell",
     "LearnedPositions",
+    "LockedDropout",
     "MultiheadAttention",
     "RNNCell",
     "RotaryPositions",
     "SinusoidalPositions",
+    "init",
 ]

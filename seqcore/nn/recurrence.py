@@ -12,7 +12,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
 from ..backends import check_backend
+from ..functional.zoneout import Zoneout
 from .scripting import NotScriptable
+
+_BEYOND_TORCH = ("blocks", "grad_clip", "recompute", "locked", "zoneout", "backend")
 
 
 class _Recurrent(NotScriptable, nn.RNNBase):
@@ -21,6 +24,8 @@ class _Recurrent(NotScriptable, nn.RNNBase):
     blocks: int = 1
     grad_clip: float | None = None
     recompute: bool = False
+    locked: bool = False
+    zoneout: Zoneout = 0.0
 
     def __init__(
         self,
@@ -30,12 +35,15 @@ class _Recurrent(NotScriptable, nn.RNNBase):
         blocks: int = 1,
         grad_clip: float | None = None,
         recompute: bool = False,
+        locked: bool = False,
+        zoneout: Zoneout = 0.0,
         **kwargs: Any,
     ) -> None:
         if backend is not None:
             check_backend(backend)
         super().__init__(mode, *args, **kwargs)
         self.backend, self.grad_clip, self.recompute = backend, grad_clip, recompute
+        self.locked, self.zoneout = locked, zoneout
         if blocks != 1:
             self._divide(blocks)
 
@@ -70,13 +78,14 @@ class _Recurrent(NotScriptable, nn.RNNBase):
             "bidirectional": self.bidirectional,
             "grad_clip": self.grad_clip,
             "recompute": self.recompute,
+            "locked": self.locked,
+            "zoneout": self.zoneout,
             "backend": self.backend,
         }
 
     def extra_repr(self) -> str:
-        ours = (f", {name}={getattr(self, name)!r}" for name in ("blocks", "grad_clip", "recompute", "backend")
-                if getattr(self, name) != getattr(_Recurrent, name))  # fmt: skip
-        return super().extra_repr() + "".join(ours)
+        changed = (name for name in _BEYOND_TORCH if getattr(self, name) != getattr(_Recurrent, name))
+        return super().extra_repr() + "".join(f", {name}={getattr(self, name)!r}" for name in changed)
 
 
 class RNN(_Recurrent):
@@ -89,6 +98,9 @@ class RNN(_Recurrent):
             ``weight_hh_l*`` being [1, N, H/N, H/N].
         grad_clip: bound on each element of the gates' gradients, at every step, inside the backward.
         recompute: keep only y for backward and make the gates again there, which saves memory.
+        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps (Gal & Ghahramani, 2016).
+        zoneout: probability of each unit to keep its state in a step; its expectation in evaluation (Krueger et al.,
+            2017).
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
@@ -132,6 +144,9 @@ class GRU(_Recurrent):
             ``weight_hh_l*`` being [3, N, H/N, H/N].
         grad_clip: bound on each element of the gates' gradients, at every step, inside the backward.
         recompute: keep only y for backward and make the gates again there, which saves memory.
+        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps (Gal & Ghahramani, 2016).
+        zoneout: probability of each unit to keep its state in a step; its expectation in evaluation (Krueger et al.,
+            2017).
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
@@ -165,6 +180,9 @@ class LSTM(_Recurrent):
             ``weight_hh_l*`` being [4, N, H/N, H/N].
         grad_clip: bound on each element of the gates' gradients, at every step, inside the backward.
         recompute: keep only y and c for backward and make the gates again there, which saves memory.
+        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps (Gal & Ghahramani, 2016).
+        zoneout: probability of each unit to keep h, and c, in a step, or a pair of probabilities (h, c); their
+            expectation in evaluation (Krueger et al., 2017). Not with ``proj_size``.
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html

@@ -14,7 +14,10 @@ from .layout import Map
 
 @dataclass(frozen=True)
 class Layer:
-    """One call: the cell, its input x [R, I] and states, each direction's weights, and the map of its rows."""
+    """One call: the cell, its input x [R, I] and states, each direction's weights, and the map of its rows.
+
+    ``extra`` [D, R, extra*H] is what a step takes besides its gates, for cells that do.
+    """
 
     cell: Cell
     x: Tensor
@@ -22,6 +25,7 @@ class Layer:
     c0: Tensor | None
     weights: Sequence[Weights]
     map: Map
+    extra: Tensor | None = None
 
     @property
     def directions(self) -> int:

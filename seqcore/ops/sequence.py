@@ -68,7 +68,8 @@ def _launch(kernel, plan, device: torch.device, arguments: Sequence, map_: Map, 
 
 
 def _project_input(layer: Layer, width: int) -> Tensor:
-    """[D, R, width * H], whose first G * H columns hold x W_ih^T + b_ih and what a projected h0 adds to it."""
+    """[D, R, width * H], whose first G * H columns hold x W_ih^T + b_ih and what a projected h0 adds to it; behind them
+    what else a step takes."""
     gates = layer.cell.gates * layer.hidden
     buffer = layer.x.new_empty(layer.directions, layer.x.shape[0], width * layer.hidden)
     for d, w in enumerate(layer.weights):
@@ -79,6 +80,8 @@ def _project_input(layer: Layer, width: int) -> Tensor:
             torch.addmm(w.b_ih, layer.x, w.w_ih.T, out=x_gates)
         if layer.projected:
             projection.add_initial(layer, d, x_gates)
+    if layer.extra is not None:
+        buffer[:, :, gates : gates + layer.extra.shape[2]] = layer.extra
     return buffer
 
 
@@ -91,7 +94,7 @@ def forward(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, T
     rows, batch, has_c = x.shape[0], layer.map.batch, cell.has_c
     save_gates, save_cells = save_gates and not cell.saves_output, save_cells and has_c
     with library_precision(layer):
-        buffer = _project_input(layer, _row_tiles(cell) if save_gates else cell.gates)
+        buffer = _project_input(layer, _row_tiles(cell) if save_gates else cell.gates + cell.extra)
         saved = _place_saved(layer, buffer) if save_gates else x.new_empty(directions, 0, cell.saved * hidden)
         states = x.new_empty(rows, directions * hidden)
         cells = x.new_empty(rows if save_cells else 0, directions * hidden)
@@ -108,7 +111,7 @@ def forward(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, T
                 (buffer, layer.recurrent_weights(), b_hh, h_init, c_init, states, cells, saved, h_n, c_n), layer.map,
                 initial_rows=h_init.shape[1], x_width=buffer.shape[2] // hidden, saved_width=saved.shape[2] // hidden,
                 y_width=directions,
-                STEP=cell.device_functions()[0], GATES=cell.gates, SAVED=cell.saved, HAS_C=has_c,
+                STEP=cell.device_functions()[0], GATES=cell.gates, EXTRA=cell.extra, SAVED=cell.saved, HAS_C=has_c,
                 BIAS=b_hh is not None, SAVE=save_gates, SAVE_CELLS=save_cells, BLOCKS=layer.blocks,
                 UNITS=layer.units, MAIN=first, REST=rest, PRECISION=layer.precision,
             )  # fmt: skip
@@ -120,12 +123,12 @@ def forward(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, T
 
 def _row_tiles(cell: Cell) -> int:
     """How many tiles a row of the projected input has room for: those a step saves as well, if there are more."""
-    return max(cell.gates, cell.saved)
+    return max(cell.gates + cell.extra, cell.saved)
 
 
 def _place_saved(layer: Layer, buffer: Tensor) -> Tensor:
     """Where steps save: over their projected input, which only this call has seen, unless that would waste room."""
-    if layer.cell.saved >= layer.cell.gates:
+    if layer.cell.saved >= layer.cell.gates + layer.cell.extra:
         return buffer
     return buffer.new_empty(*buffer.shape[:2], layer.cell.saved * layer.hidden)
 
@@ -137,7 +140,8 @@ def _final(initial: Tensor, batch: int, empty: bool) -> Tensor:
 
 def is_step(layer: Layer) -> bool:
     """Whether this is a single step that the kernel of both products takes: a Cell's, or a decoder's."""
-    return layer.map.steps == 1 and not layer.map.mapped and layer.directions == 1 and not layer.projected
+    alone = layer.map.steps == 1 and not layer.map.mapped and layer.directions == 1
+    return alone and not layer.projected and layer.extra is None
 
 
 def step(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
@@ -255,7 +259,7 @@ def _saved(
             h_gates += w.b_hh
         pointwise.pointwise_kernel[(-(-rows // tiles.rows), -(-hidden // tiles.columns))](
             buffer[d], h_gates, h, h if c is None else c, saved[d], rows, hidden, buffer.stride(1), saved.stride(1),
-            STEP=cell.device_functions()[0], GATES=cell.gates, SAVED=cell.saved, HAS_C=cell.has_c,
+            STEP=cell.device_functions()[0], GATES=cell.gates, EXTRA=cell.extra, SAVED=cell.saved, HAS_C=cell.has_c,
             BLOCK_B=tiles.rows, BLOCK_H=tiles.columns, num_warps=tiles.num_warps,
         )  # fmt: skip
     return saved

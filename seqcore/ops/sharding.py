@@ -52,7 +52,7 @@ _DECIDING = {
 }  # fmt: skip
 _RECURRENCE = {
     "x": "TBI", "h0": "DBH", "c0": "DBH", "lengths": "B", "reset": "TB", "y": "TBH", "dy": "TBH", "dh_n": "DBH",
-    "dc_n": "DBH", "saved": ".RS", "cells": "RH", "dcells": "RH", "hidden": "RH",
+    "dc_n": "DBH", "saved": ".RS", "cells": "RH", "dcells": "RH", "hidden": "RH", "extra": ".TBE",
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from .recurrence import (
     replace_first,
     replaced,
     split_initial,
+    step_inputs,
     wide,
 )
 
@@ -55,11 +56,11 @@ class Gradients(NamedTuple):
     cells: Tensor | None
 
 
-def _step(cell: Cell, x_gates: Tensor, h_gates: Tensor, h: Tensor, c: Tensor | None):
+def _step(cell: Cell, x_gates: Tensor, extra: Tensor | None, h_gates: Tensor, h: Tensor, c: Tensor | None):
     """New h in h's dtype, new c (wide), and what to save, side by side."""
     acc = wide(h.dtype)
     state, saved = cell.reference(
-        x_gates.to(acc).chunk(cell.gates, -1),
+        step_inputs(cell, x_gates, extra, acc),
         h_gates.to(acc).chunk(cell.gates, -1),
         (h.to(acc),) if c is None else (h.to(acc), c),
     )
@@ -75,8 +76,12 @@ def forward(
     layout: Layout,
     save_gates: bool,
     save_cells: bool,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
-    """One layer: x [R, I], h0 [D, B, P], c0 [D, B, H] to y [R, D*P], h_n, c_n (no elements without c) and ``Kept``."""
+    """One layer: x [R, I], h0 [D, B, P], c0 [D, B, H] to y [R, D*P], h_n, c_n (no elements without c) and ``Kept``.
+
+    ``extra`` is [D, R, extra*H], for cells that take it.
+    """
     cell = definitions.find(cell_name)
     rows, directions, acc = x.shape[0], len(weights), wide(x.dtype)
     hidden, outputs = hidden_size(weights[0].w_hh, cell.gates), h0.shape[-1]
@@ -102,7 +107,8 @@ def forward(
             if cut is not None:
                 h_in, c_in = replaced(h_in, cut, reset_h), replaced(c_in, cut, reset_c)
             h_gates = recurrent_product(h_in, w.w_hh, w.b_hh)
-            new_h, new_c, saved = _step(cell, x_gates[here], h_gates, h_in, c_in)
+            besides = None if extra is None else extra[d, here]
+            new_h, new_c, saved = _step(cell, x_gates[here], besides, h_gates, h_in, c_in)
             valid = None if layout.lengths is None else (t < layout.lengths)[:, None]
             if kept.saved.shape[1]:
                 kept.saved[d, here] = saved
@@ -179,6 +185,7 @@ def backward(
     gradients: Gradients,
     grad_clip: float | None,
     need_dx: bool,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of what ``forward`` took: dx (no elements unless needed), dh0, dc0 (none without c0), and the weights'.
 
@@ -189,7 +196,7 @@ def backward(
     acc, outputs = wide(x.dtype), h0.shape[-1]
     hidden = hidden_size(weights[0].w_hh, cell.gates)
     if not cell.saves_output and not kept.saved.shape[1]:
-        kept = forward(cell_name, x, h0, c0, weights, layout, True, True)[3]
+        kept = forward(cell_name, x, h0, c0, weights, layout, True, True, extra)[3]
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0)
     batch = layout.steps.active[0]
     dh0 = h0.new_empty(h0.shape)

@@ -4,10 +4,13 @@ The contract is that of ``kernels/recurrence/cells.py``: gates, states and what 
 and the two pre-activations come apart, since the GRU resets after the product.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
+Step = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
 
 
 def rnn_tanh(x_gates: Tensors, h_gates: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
@@ -58,3 +61,56 @@ def lstm_backward(saved: Tensors, state: Tensors, new_state: Tensors, dstate: Te
     di, df, dg = dc * g * i * (1 - i), dc * state[1] * f * (1 - f), dc * i * (1 - g * g)
     dgates = di, df, dg, dstate[0] * tanh_c * o * (1 - o)
     return dgates, dgates, (torch.zeros_like(dc), dc * f)
+
+
+# Zoneout around each of these, each state of a step being keep * old + (1 - keep) * new: Krueger et al., "Zoneout:
+# Regularizing RNNs by Randomly Preserving Hidden Activations" (2017). ``keep`` stands behind the gates in ``x_gates``,
+# a tensor for each state: zeros and ones in training, their expectation in evaluation. The h that an LSTM computes is
+# made of the c that it computes, kept or not.
+
+
+def _zoned(step: Step, x_gates: Tensors, h_gates: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+    keep = x_gates[len(h_gates) :]
+    computed, saved = step(x_gates[: len(h_gates)], h_gates, state)
+    mixed = tuple(k * old + (1 - k) * new for k, old, new in zip(keep, state, computed, strict=True))
+    return mixed, (*saved, *computed[1:], *keep)
+
+
+def _zoned_backward(step_backward, saved: Tensors, state: Tensors, new_state: Tensors, dstate: Tensors):
+    states = len(state)
+    keep, computed, saved = saved[-states:], saved[1 - 2 * states : -states], saved[: 1 - 2 * states]
+    into = tuple((1 - k) * d for k, d in zip(keep, dstate, strict=True))
+    dx_gates, dh_gates, through = step_backward(saved, state, (new_state[0], *computed), into)
+    return dx_gates, dh_gates, tuple(t + k * d for t, k, d in zip(through, keep, dstate, strict=True))
+
+
+def rnn_tanh_zoneout(x_gates: Tensors, h_gates: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+    return _zoned(rnn_tanh, x_gates, h_gates, state)
+
+
+def rnn_tanh_zoneout_backward(saved: Tensors, state: Tensors, new_state: Tensors, dstate: Tensors):
+    return _zoned_backward(rnn_tanh_backward, saved, state, new_state, dstate)
+
+
+def rnn_relu_zoneout(x_gates: Tensors, h_gates: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+    return _zoned(rnn_relu, x_gates, h_gates, state)
+
+
+def rnn_relu_zoneout_backward(saved: Tensors, state: Tensors, new_state: Tensors, dstate: Tensors):
+    return _zoned_backward(rnn_relu_backward, saved, state, new_state, dstate)
+
+
+def gru_zoneout(x_gates: Tensors, h_gates: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+    return _zoned(gru, x_gates, h_gates, state)
+
+
+def gru_zoneout_backward(saved: Tensors, state: Tensors, new_state: Tensors, dstate: Tensors):
+    return _zoned_backward(gru_backward, saved, state, new_state, dstate)
+
+
+def lstm_zoneout(x_gates: Tensors, h_gates: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+    return _zoned(lstm, x_gates, h_gates, state)
+
+
+def lstm_zoneout_backward(saved: Tensors, state: Tensors, new_state: Tensors, dstate: Tensors):
+    return _zoned_backward(lstm_backward, saved, state, new_state, dstate)

@@ -121,8 +121,20 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def step_inputs(cell: cells.Cell, x_gates: Tensor, extra: Tensor | None, acc: torch.dtype) -> tuple[Tensor, ...]:
+    """A step's gates [B, G*H] and what it takes besides, [B, extra*H] of any dtype, in tensors [B, H]."""
+    tiles = x_gates.to(acc).chunk(cell.gates, -1)
+    return tiles if extra is None else (*tiles, *extra.to(acc).chunk(cell.extra, -1))
+
+
 def advance(
-    cell: str, x_gates: Tensor, h: Tensor, c: Tensor | None, weights: Weights, grad_clip: float | None = None
+    cell: str,
+    x_gates: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Weights,
+    grad_clip: float | None = None,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One step from its projected input [B, G*H]: h [B, P] and c [B, H] or None to the next ones; c comes back wide."""
     definition, acc = cells.find(cell), wide(h.dtype)
@@ -130,7 +142,7 @@ def advance(
     if grad_clip is not None:
         x_gates, h_gates = ClipGradient.apply(x_gates, grad_clip), ClipGradient.apply(h_gates, grad_clip)
     state, _ = definition.reference(
-        x_gates.to(acc).chunk(definition.gates, -1),
+        step_inputs(definition, x_gates, extra, acc),
         h_gates.to(acc).chunk(definition.gates, -1),
         (h.to(acc),) if c is None else (h.to(acc), c.to(acc)),
     )
@@ -180,8 +192,9 @@ def direction(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     grad_clip: float | None = None,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One direction of one layer over rows x [R, I] laid out as ``steps``; h and c as ``layer`` takes them.
+    """One direction of one layer over rows x [R, I] laid out as ``steps``; h, c, and extra [R, *], as ``layer`` takes.
 
     Returns y [R, P], h_n [B, P], and, for cells with c, c_n [B, H] and every step's c [R, H] (zero past ``lengths``).
     """
@@ -196,7 +209,9 @@ def direction(
         cut = None if reset is None else cut_before(reset, lengths, t, reverse)
         if cut is not None:
             h_in, c_in = replaced(h_in, cut, reset_h), replaced(c_in, cut, reset_c)
-        new_h, new_c = advance(cell, x_gates[steps.rows(t)], h_in, c_in, weights, grad_clip)
+        here = steps.rows(t)
+        besides = None if extra is None else extra[here]
+        new_h, new_c = advance(cell, x_gates[here], h_in, c_in, weights, grad_clip, besides)
         outputs[t], all_c[t] = new_h, new_c
         if lengths is not None:
             valid = (t < lengths)[:, None]
@@ -226,6 +241,7 @@ def layer(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     grad_clip: float | None = None,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """All directions of one layer.
 
@@ -234,6 +250,7 @@ def layer(
         h0, c0: [D, B, P] and [D, B, H]; c0 is None for cells without c. B rows more in each are the states that
             ``reset`` puts in place of a sequence's own, which are zeros otherwise.
         weights: one ``Weights`` a direction; the second one walks backward in time.
+        extra: [D, T, B, extra*H] or [D, R, extra*H], for cells that take more than gates; without a gradient.
 
     Returns:
         y, shaped like x with D*P columns; h_n; c_n; every step's c, shaped like x with D*H columns.
@@ -243,6 +260,7 @@ def layer(
         direction(
             cell, rows, h0[d], None if c0 is None else c0[d], weights[d], steps,
             reverse=d == 1, lengths=lengths, reset=reset, grad_clip=grad_clip,
+            extra=None if extra is None else extra[d].flatten(0, -2),
         )
         for d in range(len(weights))
     ]  # fmt: skip
@@ -267,19 +285,17 @@ def stack(
     h0: Tensor,
     c0: Tensor | None,
     weights: Sequence[Sequence[Weights]],
-    *,
-    dropout: float = 0.0,
-    training: bool = False,
+    between: Callable[[Tensor], Tensor] | None = None,
 ) -> LayerResult:
-    """Layers upon each other, dropout between them; ``weights[l][d]``, h0 [L*D, B, P], c0 [L*D, B, H] or None.
+    """Layers upon each other, ``between`` them a function; ``weights[l][d]``, h0 [L*D, B, P], c0 [L*D, B, H] or None.
 
     Returns the last layer's y, every layer's h_n and c_n, and the last layer's c of every step.
     """
     directions = len(weights[0])
     h_n, c_n = [], []
     for index, layer_weights in enumerate(weights):
-        if index and dropout and training:
-            x = F.dropout(x, dropout)
+        if index and between is not None:
+            x = between(x)
         here = slice(index * directions, (index + 1) * directions)
         x, h, c, all_c = layer(x, h0[here], None if c0 is None else c0[here], layer_weights)
         h_n.append(h)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from ..cells import BUILT_IN, Cell
+from ..cells import BUILT_IN, ZONEOUT, Cell
 from ..kernels import tuning
 from ..kernels.recurrence import plan as plans
 from .aot_attention import attention
@@ -17,7 +17,7 @@ from .aot_entry import POINTERS, TARGETS, Entry, Function, precisions
 
 def catalogue() -> list[Entry]:
     """Every kernel in every configuration that the library may launch."""
-    return [*_recurrence(), *_floors(), *attention()]
+    return [*_recurrence(), *_zoneout(), *_floors(), *attention()]
 
 
 def covering(entries: Iterable[Entry]) -> list[Entry]:
@@ -70,8 +70,24 @@ def _recurrence() -> Iterator[Entry]:
                 yield _step_entry(cell, dtype, target, shape)
 
 
+# A cell with zoneout differs by some pointwise math and tiles to load: once each, every target and dtype among them.
+ZONED = {
+    "rnn_tanh": ("sm_80", "float32", 128, False), "rnn_relu": ("gfx942", "float16", 128, False),
+    "gru": ("sm_100", "bfloat16", 768, True), "lstm": ("sm_90", "bfloat16", 768, True),
+}  # fmt: skip
+
+
+def _zoneout() -> Iterator[Entry]:
+    for name, (target, dtype, hidden, mapped) in ZONED.items():
+        cell = ZONEOUT[name]
+        yield _pointwise_entry(cell, dtype, hidden, target)
+        for backward in (False, True):
+            shape = plans.Shape(cell.gates, hidden, 1, 16, 1, 4 if dtype == "float32" else 2, backward)
+            yield sequence_entry(cell, dtype, tuning.Device(target), shape, mapped)
+
+
 def _recurrence_arguments(cell: Cell, dtype: str, hidden: int) -> dict[str, str | int | float]:
-    width = max(cell.gates, cell.saved) * hidden
+    width = max(cell.gates + cell.extra, cell.saved) * hidden
     numbers = {"T": 512, "B": 64, "R": 512 * 64, "H": hidden, "first_group": 0, "groups": 2, "clip": 1.0}
     strides = dict.fromkeys((f"stride_{name}" for name in ("x", "saved", "h", "c")), width)
     strides |= {"initial_rows": 64, "saved_direction": 512 * 64, "y_width": 1}
@@ -82,7 +98,7 @@ def _recurrence_arguments(cell: Cell, dtype: str, hidden: int) -> dict[str, str 
 def _cell_constants(cell: Cell, backward: bool) -> dict[str, Any]:
     step = "STEP_BACKWARD" if backward else "STEP"
     function = cell.step_backward if backward else cell.step
-    constants = {"GATES": cell.gates, "SAVED": cell.saved, "HAS_C": cell.has_c}
+    constants = {"GATES": cell.gates, "EXTRA": cell.extra, "SAVED": cell.saved, "HAS_C": cell.has_c}
     return constants | {step: Function(function.removeprefix("seqcore.kernels."))}
 
 

@@ -85,7 +85,7 @@ def _check_reference_backward(cell: Cell) -> None:
         return tuple(torch.randn(4, 6, dtype=torch.float64).requires_grad_() for _ in range(count))
 
     x_gates, h_gates, state = draw(cell.gates), draw(cell.gates), draw(len(cell.states))
-    new_state, saved = cell.reference(x_gates, h_gates, state)
+    new_state, saved = cell.reference((*x_gates, *draw(cell.extra)), h_gates, state)
     dstate = tuple(torch.randn_like(t) for t in new_state)
     wanted = torch.autograd.grad(
         new_state, (*x_gates, *h_gates, *state), dstate, materialize_grads=True, allow_unused=True
