@@ -31,3 +31,12 @@ def test_compatibility_names_a_test_in_every_row():
     rows = [line for line in (ROOT / "docs" / "compatibility.md").read_text().splitlines() if line.startswith("|")]
     rows = [row for row in rows if not row.startswith(("|---", "| feature", "| tool"))]
     assert len(rows) > 15 and all("`test_" in row for row in rows)
+
+
+def test_diagnostics_prints_what_its_page_says(capsys):
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs" / "diagnostics.md").read_text(), re.DOTALL)
+    exec("".join(block for language, block in blocks if language == "python"), {"__name__": "page"})
+    shown = "".join(block for language, block in blocks if not language)
+    # Digits are those of one version of torch on one machine.
+    words = lambda text: re.sub(r"\s*-?[\d.]+(e[+-]\d+)?", " 0", text)
+    assert words(capsys.readouterr().out) == words(shown)
