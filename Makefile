@@ -20,7 +20,7 @@ AOT_VENV := $(VENV)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test bench aot aot-full gpu ledger lint clean
+.PHONY: help venv test bench study aot aot-full gpu ledger lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: $(VENV)/.ready  ## the ordinary suite, the interpreted suite, and every ke
 
 bench: $(VENV)/.ready  ## measure what this machine can, and write the report (ARGS=... is passed on)
 	$(CLEAN) $(BIN)/python -m benchmarks $(ARGS)
+
+study: $(VENV)/.ready  ## measure what is taught about recurrence and attention, and write study/report.html
+	$(CLEAN) $(BIN)/python -m benchmarks.study $(ARGS)
 
 aot: $(AOT_VENV)/.ready  ## compile a covering subset of the kernels for every target, no GPU needed (TRITON=3.6.0)
 	$(CLEAN) $(AOT_VENV)/bin/python -m seqcore.testing.aot --out build/aot$(AOT_TAG).json $(ARGS)

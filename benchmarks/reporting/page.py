@@ -1,7 +1,8 @@
 """The report as one HTML file that needs no other: its Markdown rendered, its plots inlined as SVG.
 
-Rendered is the Markdown that the report is written in and no more: headings, paragraphs, lists and tables of one level,
-figures (an image and below it its caption), **bold**, *emphasis* and `code`; blocks are parted by empty lines.
+Rendered is the Markdown that the reports are written in and no more: headings, paragraphs, lists and tables of one
+level, figures (an image and below it its caption), **bold**, *emphasis*, [links](to) and `code`; blocks are parted by
+empty lines.
 """
 
 import re
@@ -43,6 +44,7 @@ code { font-family: ui-monospace, monospace; font-size: .9em }
 CODE = re.compile(r"`([^`]+)`")
 BOLD = re.compile(r"\*\*(.+?)\*\*")
 EMPHASIS = re.compile(r"(?<![\w*])\*(?=\S)([^*]+)\*(?!\w)")
+LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 FIGURE = re.compile(r"!\[(?P<title>.*?)\]\((?P<file>[^)]+)\)\n(?P<caption>.*)", re.DOTALL)
 
 
@@ -93,7 +95,8 @@ def inline(text: str) -> str:
 
 
 def _emphasised(text: str) -> str:
-    return EMPHASIS.sub(r"<em>\1</em>", BOLD.sub(r"<b>\1</b>", escape(text, quote=False)))
+    linked = LINK.sub(r'<a href="\2">\1</a>', escape(text, quote=False))
+    return EMPHASIS.sub(r"<em>\1</em>", BOLD.sub(r"<b>\1</b>", linked))
 
 
 def _contents(headings: list[tuple[int, str, str]]) -> str:

@@ -5,15 +5,16 @@ from collections.abc import Iterable
 from benchmarks.rows import Row
 
 
-def table(header: list[str], lines: Iterable[list[str]]) -> str:
-    """A Markdown table, its first column to the left and all others to the right, aligned in plain text too."""
+def table(header: list[str], lines: Iterable[list[str]], words: bool = False) -> str:
+    """A Markdown table, its first column to the left and, unless they are words, all others to the right."""
     cells = [header, *lines]
     widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ("-" if words else ":") for width in widths[1:])]
 
     def row(line: list[str]) -> str:
         first, *others = zip(line, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
+        padded = [first[0].ljust(first[1])]
+        padded += [text.ljust(width) if words else text.rjust(width) for text, width in others]
         return f"| {' | '.join(padded)} |"
 
     return "\n".join([row(header), row(rule), *(row(line) for line in cells[1:])])

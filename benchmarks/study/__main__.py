@@ -1,0 +1,138 @@
+"""Measure what is taught, and write the report: ``python -m benchmarks.study [NAME...]``."""
+
+import argparse
+import json
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import ROOT, busy_cores, environment, key
+from benchmarks.study import report
+from benchmarks.study.experiment import Row
+from benchmarks.study.experiments import NAMES, load
+from benchmarks.study.progress import Progress
+from benchmarks.study.run import KIND, SETTINGS, Setting, Task, default_jobs, run, tasks_of
+from seqcore.journal import Journal
+
+JOURNAL = "journal.jsonl"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.report:
+        return show(options.out)
+    setting, path = SETTINGS[options.sizes], options.out / JOURNAL
+    if not options.resume:
+        path.unlink(missing_ok=True)
+    journal = Journal(path, key(setting.device, setting.sizes, setting.backend), KIND)
+    # Before anything here keeps the cores busy.
+    machine = {**environment(setting.device), "busy_cores_at_start": busy_cores()}
+    jobs = options.jobs or default_jobs(setting)
+    try:
+        failed = measure_all(options.names, setting, journal, jobs, options.out, machine)
+    except KeyboardInterrupt:
+        print("\nStopped: the same with --resume goes on from here.", file=sys.stderr)
+        return 130
+    for task, error in failed:
+        print(f"FAILED {task.title}: {type(error).__name__}: {error}", file=sys.stderr)
+    return show(options.out) or int(bool(failed))
+
+
+def measure_all(
+    names: list[str], setting: Setting, journal: Journal, jobs: int, out: Path, machine: dict
+) -> list[tuple[Task, Exception]]:
+    """Measure what the journal does not hold yet, and write each experiment's file as soon as it is complete."""
+    tasks = {name: tasks_of(name, setting) for name in names}
+    every = [task for found in tasks.values() for task in found]
+    failed: list[tuple[Task, Exception]] = []
+    left = {name: {task.name for task in found if task.name not in journal} for name, found in tasks.items()}
+    for name in names:
+        # What an earlier run found must not be taken for this one's.
+        (out / f"{name}.json").unlink(missing_ok=True)
+    with Progress(len(every), sum(task.name in journal for task in every)) as progress:
+        for name in [name for name in names if not left[name]]:
+            keep(name, tasks[name], setting, journal, out, machine)
+        for task, outcome in run(every, setting, journal, jobs):
+            if isinstance(outcome, Exception):
+                failed.append((task, outcome))
+            else:
+                left[task.experiment].discard(task.name)
+            progress.ended(task, outcome)
+            if not left[task.experiment]:
+                keep(task.experiment, tasks[task.experiment], setting, journal, out, machine)
+    return failed
+
+
+def keep(name: str, tasks: list[Task], setting: Setting, journal: Journal, out: Path, machine: dict) -> None:
+    """Write the experiment's file: its rows in the order of its cases, its verdicts, and where it was measured."""
+    rows: list[Row] = [journal.done[task.name] for task in tasks if task.name in journal]
+    if not rows:
+        return
+    experiment = load(name)
+    verdicts = [
+        {"claim": each.claim, "holds": each.holds, "sentence": each.sentence} for each in experiment.verdicts(rows)
+    ]
+    data = {
+        "experiment": name,
+        "sizes": setting.sizes,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "machine": machine,
+        "verdicts": verdicts,
+    }
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    text = json.dumps(data, indent=1, allow_nan=False).rstrip("}\n") + f',\n "rows": [\n{lines}\n ]\n}}\n'
+    (out / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def show(out: Path) -> int:
+    try:
+        written = report.write(out)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for study in report.read(out):
+        print(f"\n{load(study.name).TITLE}")
+        for verdict in study.verdicts():
+            print(f"  {report.MARKS[verdict.holds]} {verdict.claim} {verdict.sentence}")
+    print("\nWritten:\n" + "\n".join(f"  {path}" for path in written))
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these of: {', '.join(NAMES)}")
+    parser.add_argument("--out", type=Path, default=ROOT / "study", help="default: study")
+    parser.add_argument("--sizes", choices=["auto", *SETTINGS], default="auto", help="auto: what suits this machine")
+    parser.add_argument("--jobs", type=int, help="processes side by side (default: one a core, on a GPU at most four)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from OUT/journal.jsonl, where a run of the same sources stopped"
+    )
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the report of what is in OUT")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in NAMES]
+    if unknown:
+        parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    options.names = [name for name in NAMES if not options.names or name in options.names]
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    on_gpu = torch.cuda.is_available()
+    if options.sizes == "auto":
+        options.sizes = "gpu" if on_gpu else "cpu"
+    if SETTINGS[options.sizes].device == "cuda" and not on_gpu:
+        parser.error("the sizes 'gpu' need a GPU, and torch.cuda.is_available() is False; take cpu, tiny or auto")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(str(error))
+    return options
+
+
+if __name__ == "__main__":
+    begin = time.monotonic()
+    status = main()
+    print(f"{time.monotonic() - begin:.0f} s", file=sys.stderr)
+    sys.exit(status)

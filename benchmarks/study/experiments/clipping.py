@@ -1,0 +1,226 @@
+"""Exploding gradients, and what clipping does about them: of the whole gradient, and at every step of backward."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.reporting.plot_kit import PLAIN, panels
+from benchmarks.reporting.tables import table as markdown
+from benchmarks.study import drawing
+from benchmarks.study.experiment import Case, Row, Verdict, order_of, select, spread
+from benchmarks.study.models import SequenceModel
+from benchmarks.study.run import finite
+from benchmarks.study.tasks import adding
+from benchmarks.study.training import Batch, Trainer, loss_of
+from seqcore.diagnostics import gradient_flow
+from seqcore.nn.init import orthogonal_recurrent_
+
+TITLE = "Exploding gradients and clipping"
+QUESTION = (
+    "An RNN whose gradients explode is trained as it is, with the norm of its whole gradient clipped, and with the "
+    "gradient bounded at every step of the recurrence. What does each change?"
+)
+ALONE = False
+NAMES = {"none": "no clipping", "norm": "clipped norm", "step": "clipped each step"}
+# Norms over the lag, by their key in rows: how they are drawn, and when they were found.
+FLOWS = {"log10_norms": (drawing.SOLID, "before"), "log10_norms_after": (drawing.DASHED, "after training")}
+POINTS = 40
+HELD_OUT = 99
+# The mean squared error of always answering the mean, 1: two variances of a number in 0 … 1.
+GUESSING = 1 / 6
+DIVERGED = 10 * GUESSING
+SAME_DIRECTION = 0.99
+
+
+@dataclass(frozen=True)
+class Sizes:
+    lag: int
+    H: int
+    gain: float
+    steps: int
+    batch: int
+    held_out: int
+    seeds: int
+    learning_rate: float = 0.1
+    norm: float = 1.0
+    # Of each element of the gradient of the pre-activations at a step.
+    bound: float = 0.01
+
+
+SIZES = {
+    "tiny": Sizes(4, 6, 3.0, 4, 4, 8, 2),
+    "cpu": Sizes(30, 50, 3.0, 250, 32, 256, 5),
+    "gpu": Sizes(100, 256, 2.0, 1000, 64, 1024, 10),
+}
+
+
+def how(sizes: Sizes) -> str:
+    return (
+        f"The adding problem over {sizes.lag} steps (mean squared error; always answering the mean gives "
+        f"{GUESSING:.2f}), an RNN with tanh and {sizes.H} units whose recurrent matrix begins as an orthogonal one "
+        f"times {sizes.gain:g}, plain stochastic gradient descent at {sizes.learning_rate}, {sizes.steps} updates of "
+        f"{sizes.batch} sequences. As it is; with `torch.nn.utils.clip_grad_norm_` to {sizes.norm:g}; and with "
+        f"`RNN(grad_clip={sizes.bound:g})`, which bounds each element of the pre-activations' gradient at every step "
+        f"inside the backward pass (Graves 2013). {sizes.seeds} seeds. The norm of ∂L/∂h_t by "
+        "`seqcore.diagnostics.gradient_flow` before and after. A run counts as diverged if its held-out error is "
+        f"above {DIVERGED:.2f} or no number at all."
+    )
+
+
+def cases(sizes: Sizes) -> list[Case]:
+    return [{"clip": clip, "seed": seed} for clip in reversed(NAMES) for seed in range(sizes.seeds)]
+
+
+def measure(case: Case, sizes: Sizes, device: str) -> Row:
+    clip, seed = case["clip"], case["seed"]
+    model = _model(sizes, seed, sizes.bound if clip == "step" else None).to(device)
+    held_out = adding(sizes.lag, sizes.held_out, device, HELD_OUT, seed)
+    trainer = Trainer(
+        model,
+        lambda step: adding(sizes.lag, sizes.batch, device, seed, step),
+        sizes.learning_rate,
+        sizes.norm if clip == "norm" else None,
+        torch.optim.SGD,
+    )
+    before, alignment = _flow(model, held_out), _alignment(model, _model(sizes, seed, None).to(device), held_out)
+    trainer.run(sizes.steps)
+    after = _flow(model, held_out)
+    kept = sorted({round((len(trainer.losses) - 1) * i / (POINTS - 1)) for i in range(POINTS)})
+    return {
+        "loss": trainer.evaluate(held_out)["loss"],
+        "updates": [1 + i for i in kept],
+        "losses": [finite(trainer.losses[i]) for i in kept],
+        "largest_gradient": finite(max(trainer.gradient_norms)),
+        "rate_before": finite(before.rate),
+        "rate_after": finite(after.rate),
+        "log10_norms": _logarithms(before.norms),
+        "log10_norms_after": _logarithms(after.norms),
+        "alignment": alignment,
+    }
+
+
+def _model(sizes: Sizes, seed: int, bound: float | None) -> SequenceModel:
+    torch.manual_seed(seed)
+    model = SequenceModel("rnn", 2, 1, sizes.H, grad_clip=bound)
+    orthogonal_recurrent_(model.body, sizes.gain)
+    return model
+
+
+def _flow(model: SequenceModel, batch: Batch):
+    return gradient_flow(model, batch.x, loss=lambda output: loss_of(output, batch))["body.h"]
+
+
+def _logarithms(norms: Tensor) -> list[float | None]:
+    """By lag; None where there is no finite logarithm."""
+    return [finite(math.log10(norm)) if norm > 0 else None for norm in norms.flip(0).tolist()]
+
+
+def _alignment(model: SequenceModel, plain: SequenceModel, batch: Batch) -> float | None:
+    """The cosine of the angle between the model's gradient of its recurrent matrix and the true one."""
+    found, true = (
+        torch.autograd.grad(loss_of(each(batch.x), batch), each.body.weight_hh_l0)[0].double().flatten()
+        for each in (model, plain)
+    )
+    return finite((found @ true / (found.norm() * true.norm())).item())
+
+
+def diverged(row: Row) -> bool:
+    return row["loss"] is None or row["loss"] > DIVERGED
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    of = {clip: select(rows, clip=clip) for clip in NAMES}
+    return [_damage(of), _cause(of["norm"]), _inside(of)]
+
+
+def _losses(rows: list[Row]) -> str:
+    ended = [row["loss"] for row in rows if row["loss"] is not None]
+    return f"held-out error {spread(ended)}" if ended else "no finite error"
+
+
+def _count(rows: list[Row]) -> str:
+    return f"{sum(map(diverged, rows))} of {len(rows)}"
+
+
+def _damage(of: dict[str, list[Row]]) -> Verdict:
+    free, bounded = (sum(map(diverged, of[clip])) / len(of[clip]) for clip in ("none", "norm"))
+    return Verdict(
+        "Clipping the gradient's norm bounds the damage.",
+        None if free == bounded else bounded < free,
+        f"Diverged without clipping: {_count(of['none'])}; with: {_count(of['norm'])}, {_losses(of['norm'])}, where "
+        f"guessing gives {GUESSING:.2f}.",
+    )
+
+
+def _cause(rows: list[Row]) -> Verdict:
+    claim = "Clipping the norm does not mend the cause: gradients go on exploding."
+    after = [row["rate_after"] for row in rows if row["rate_after"] is not None]
+    before = spread(row["rate_before"] for row in rows)
+    if not after:
+        return Verdict(claim, None, "No run with clipped norm ended with finite gradients.")
+    still = [rate > 1 for rate in after]
+    return Verdict(
+        claim,
+        all(still) if all(still) or not any(still) else None,
+        f"With clipped norm ∂L/∂h_t changes by a factor of {spread(after)} a step back after training, {before} "
+        f"before; above 1, it explodes, in {sum(still)} of {len(after)} runs.",
+    )
+
+
+def _inside(of: dict[str, list[Row]]) -> Verdict:
+    growth = {clip: spread(row["rate_before"] for row in of[clip]) for clip in ("none", "step")}
+    less = order_of(growth["none"], growth["step"])
+    cosines = spread(row["alignment"] for row in of["step"] if row["alignment"] is not None)
+    turned = cosines.high < SAME_DIRECTION
+    return Verdict(
+        "Bounding the gradient at every step of the recurrence slows its growth, at the price of its direction.",
+        None if less is None else less and turned,
+        f"At the start a factor of {growth['step']} a step instead of {growth['none']}. The cosine between the "
+        f"recurrent matrix's gradient and the true one is {cosines}; clipping the norm leaves the direction as it is. "
+        f"Diverged: {_count(of['step'])}, {_losses(of['step'])}.",
+    )
+
+
+def draw(rows: list[Row]):
+    figure, ((losses, flows),) = panels(1, 2, 3.8)
+    for (clip, name), (color, _) in zip(NAMES.items(), drawing.VARIANTS, strict=False):
+        found = select(rows, clip=clip)
+        points = zip(found[0]["updates"], zip(*(row["losses"] for row in found), strict=True), strict=True)
+        # Where one seed has no finite loss any more, the line ends.
+        ended = [(update, each) for update, each in points if all(loss is not None for loss in each)]
+        drawing.line(losses, ended, color, label=name)
+        for key, (dash, when) in FLOWS.items():
+            lags = zip(*(row[key] for row in found), strict=True)
+            drawn = [(lag, [n for n in norms if n is not None]) for lag, norms in enumerate(lags)]
+            if any(norms for _, norms in drawn):
+                drawing.line(flows, drawn, color, label=f"{name}, {when}", linestyle=dash)
+    losses.set(yscale="log", xlabel="updates", ylabel="training error (mean squared)", title="Training")
+    losses.yaxis.set_major_formatter(PLAIN)
+    drawing.level(losses, GUESSING, "guessing")
+    losses.legend()
+    flows.set(xlabel="lag (steps back)", ylabel="log10 of the norm of ∂L/∂h_t", title="Gradient over lag")
+    flows.legend()
+    return figure, (
+        "Left: training error over updates; a line ends where a seed's error is no finite number any more. Right: the "
+        "norm of ∂L/∂h_t over the lag, before training (solid; without clipping and with clipped norm it is the same) "
+        "and after it (dashed; missing where it is not finite). Medians over seeds, bands from the least to the "
+        "largest."
+    )
+
+
+def table(rows: list[Row]) -> str:
+    lines = []
+    for clip, name in NAMES.items():
+        found = select(rows, clip=clip)
+        largest = [row["largest_gradient"] for row in found]
+        after = [row["rate_after"] for row in found if row["rate_after"] is not None]
+        lines.append(
+            [name, _count(found), _losses(found).removeprefix("held-out error ")]
+            + ["infinite" if None in largest else f"{max(largest):.2g}"]
+            + [str(spread(row["rate_before"] for row in found)), str(spread(after)) if after else "not finite"]
+            + [str(spread(row["alignment"] for row in found if row["alignment"] is not None))]
+        )
+    header = ["training", "diverged", "held-out error", "largest gradient norm", "factor a step before"]
+    return markdown([*header, "factor a step after", "cosine to the true gradient"], lines)
