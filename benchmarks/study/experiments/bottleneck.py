@@ -1,21 +1,21 @@
 """Whether a sentence goes through one vector: an encoder and a decoder, with attention between them and without."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
 from benchmarks.models import count_parameters
+from benchmarks.reporting.plot_kit import FAINT, name_ends, panels
 from benchmarks.reporting.tables import table as markdown
+from benchmarks.study.drawing import VARIANTS, line
 from benchmarks.study.experiment import Case, Row, Spread, Verdict, order_of, select, spread
 from benchmarks.study.tasks import generator
 from benchmarks.study.training import Batch, Trainer
 from seqcore.functional import attention
 from seqcore.nn import LSTM
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLE = "One vector for a whole sentence"
 QUESTION = (
@@ -228,12 +228,7 @@ def _points(found: Spread) -> str:
     return found.text(lambda value: f"{100 * value:.0f}")
 
 
-def draw(rows: list[Row]) -> "tuple[Figure, str]":
-    from matplotlib.ticker import PercentFormatter
-
-    from benchmarks.reporting.plot_kit import FAINT, name_ends, panels
-    from benchmarks.study.drawing import VARIANTS, line
-
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     figure, [axes] = panels(1, 2, 3.2, sharey=True)
     titles = {"accuracy": "Symbols that are right", "whole": "Sentences that are right as a whole"}
     for ax, (key, title) in zip(axes, titles.items(), strict=True):

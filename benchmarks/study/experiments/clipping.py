@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.reporting.plot_kit import PLAIN, panels
@@ -183,7 +184,7 @@ def _inside(of: dict[str, list[Row]]) -> Verdict:
     )
 
 
-def draw(rows: list[Row]):
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     figure, ((losses, flows),) = panels(1, 2, 3.8)
     for (clip, name), (color, _) in zip(NAMES.items(), drawing.VARIANTS, strict=False):
         found = select(rows, clip=clip)

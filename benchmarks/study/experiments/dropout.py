@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.reporting.plot_kit import name_ends, panels
@@ -166,7 +167,7 @@ def _helps(rows: list[Row], kind: str, than: str, claim: str) -> Verdict:
     )
 
 
-def draw(rows: list[Row]):
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     figure, (axes,) = panels(1, 2, 3.8, sharey=True)
     for ax, key, title in zip(axes, ("train", "held_out"), ("Text trained on", "Held-out text"), strict=True):
         ends = []

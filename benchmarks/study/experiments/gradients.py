@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.reporting.plot_kit import name_ends, panels
@@ -277,7 +278,7 @@ def _attention(rows: list[Row]) -> Verdict:
     )
 
 
-def draw(rows: list[Row]):
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     figure, ((flow, gain), (product, spectrum)) = panels(2, 2, 3.6)
     _draw_flow(flow, select(rows, part="flow"))
     _draw_gain(gain, select(rows, part="gain"))

@@ -4,21 +4,20 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.models import count_parameters
+from benchmarks.reporting.plot_kit import plain_y, plt
 from benchmarks.reporting.tables import table as markdown
+from benchmarks.study.drawing import VARIANTS, line, repeats
 from benchmarks.study.experiment import Case, Row, Spread, Verdict, all_of, order_of, select, spread
 from benchmarks.study.models import SequenceModel, width_for
 from benchmarks.study.training import Batch, Trainer
 from benchmarks.text import Corpus, load_corpus
 from seqcore.clock import Stopwatch, percentile
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TITLE = "GRU against LSTM"
 QUESTION = (
@@ -209,10 +208,7 @@ def _worse_in_time(rows: list[Row]) -> Verdict:
     )
 
 
-def draw(rows: list[Row]) -> "tuple[Figure, str]":
-    from benchmarks.reporting.plot_kit import plt
-    from benchmarks.study.drawing import VARIANTS, repeats
-
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     figure, [by_step, by_second, step] = plt.subplots(
         1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=(3, 3, 2)
     )
@@ -236,10 +232,8 @@ def draw(rows: list[Row]) -> "tuple[Figure, str]":
     )
 
 
-def _curves(ax: "Axes", rows: list[Row], looks: dict[str, Sequence[str]], each) -> None:
+def _curves(ax: Axes, rows: list[Row], looks: dict[str, Sequence[str]], each) -> None:
     """Losses from the second evaluation on: the first, of untrained weights, would flatten all others."""
-    from benchmarks.reporting.plot_kit import plain_y
-    from benchmarks.study.drawing import line
 
     for model, (color, mark) in looks.items():
         found = select(rows, model=model)

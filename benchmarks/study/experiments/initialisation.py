@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.reporting.plot_kit import panels
 from benchmarks.reporting.tables import table as markdown
@@ -150,7 +151,7 @@ def _chance(successes: int, pairs: int) -> float:
     return sum(math.comb(pairs, k) for k in range(successes, pairs + 1)) / 2**pairs
 
 
-def draw(rows: list[Row]):
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     figure, ((ax,),) = panels(1, 1, 3.6)
     for place, kind in enumerate(NAMES):
         found, (color, mark) = select(rows, kind=kind), drawing.style(kind, list(NAMES))

@@ -1,12 +1,19 @@
 """What bounds a recurrent step: the roofline of the layers over the batch, weights read at every step or once."""
 
+import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.reporting.answers import NAMES
+from benchmarks.reporting.page import INK
+from benchmarks.reporting.plot_kit import FAINT, PLAIN, STYLES, panels, plain_y
 from benchmarks.reporting.tables import table as markdown
+from benchmarks.study.drawing import line
 from benchmarks.study.experiment import Case, Row, Spread, Verdict, order_of, spread
 from benchmarks.study.experiments.steps import make
 from benchmarks.study.models import BODIES, RECURRENT
@@ -16,10 +23,6 @@ from seqcore.errors import UnsupportedInput
 from seqcore.kernels.work import GATES, recurrent_flops, work
 from seqcore.profiling import Recurrence
 from seqcore.profiling.kernel_tree import kernel_tree
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TITLE = "What bounds a recurrent step"
 QUESTION = (
@@ -107,9 +110,6 @@ def measure(case: Case, sizes: Sizes, device: str) -> Row:
 
 def kernels(shape: dict[str, int], dtype: str) -> list[dict[str, Any]]:
     """The LSTM's own kernels, with the work that each was launched for; none where Proton does not say."""
-    import tempfile
-    from pathlib import Path
-
     problem = Recurrence("lstm", **shape, dtype=dtype, backend="triton")
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -219,9 +219,7 @@ def _share(found: Spread) -> str:
     return found.text("{:.0%}".format)
 
 
-def draw(rows: list[Row]) -> "tuple[Figure, str]":
-    from benchmarks.reporting.plot_kit import panels
-
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     rows = sorted(rows, key=lambda row: row["B"])
     figure, [axes] = panels(1, 2, 3.9, sharey=True, sharex=True)
     titles = {"streamed": "Weights read at every step", "held": "Weights read once"}
@@ -238,11 +236,7 @@ def draw(rows: list[Row]) -> "tuple[Figure, str]":
     )
 
 
-def _roofline(ax: "Axes", rows: list[Row], key: str) -> None:
-    from benchmarks.reporting.page import INK
-    from benchmarks.reporting.plot_kit import FAINT, PLAIN, STYLES, plain_y
-    from benchmarks.study.drawing import line
-
+def _roofline(ax: Axes, rows: list[Row], key: str) -> None:
     limits, edge = roofs(rows), ridge(rows)
     peak, copy = limits.tflops * 1e3, limits.gigabytes_per_s
     everywhere = [intensity(row, op, kind) for row in rows for op in BODIES for kind in ("streamed", "held")]

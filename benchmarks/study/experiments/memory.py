@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.models import count_parameters
 from benchmarks.reporting.plot_kit import name_ends, panels
@@ -209,7 +210,7 @@ def _attention(reached: dict, longest: dict) -> Verdict:
     return Verdict(claim, holds, f"Lags remembered: {_said('attention', reached, longest)}.")
 
 
-def draw(rows: list[Row]):
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     tasks = values(sorted(rows, key=lambda row: list(TASKS).index(row["task"])), "task")
     figure, axes = panels(1, len(tasks), 3.6, sharey=True)
     for ax, task in zip(axes[0], tasks, strict=True):

@@ -3,24 +3,24 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import seqcore
 from benchmarks.layers import attend, plain
 from benchmarks.reporting.answers import NAMES
 from benchmarks.reporting.fits import Fit, fit_power
+from benchmarks.reporting.plot_kit import STYLES, log_log, name_ends, plt
 from benchmarks.reporting.tables import table as markdown
+from benchmarks.study.drawing import line
 from benchmarks.study.experiment import Case, Row, Spread, Verdict, all_of, order_of, spread
 from benchmarks.study.models import BODIES, HEADS, RECURRENT, causal_mask
 from seqcore.clock import Stopwatch
 from seqcore.kernels.work import dependent_steps
 from seqcore.nn import MultiheadAttention
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLE = "Steps that wait for each other"
 QUESTION = (
@@ -252,10 +252,7 @@ def _quadratic(rows: list[Row]) -> Verdict:
     )
 
 
-def draw(rows: list[Row]) -> "tuple[Figure, str]":
-    from benchmarks.reporting.plot_kit import STYLES, log_log, name_ends, plt
-    from benchmarks.study.drawing import line
-
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
     chains = lambda rows, _, op: [(T, [count]) for T, count in chain(rows, op)]
     panels = {"Dependent products": (chains, "chain"), "Forward": (over_rounds, "forward")}

@@ -1,14 +1,18 @@
 """Three kinds of Transformer, each on a task that asks for its kind, and from where to where information flows."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import nn
 
 from benchmarks.models import count_parameters
+from benchmarks.reporting.plot_kit import FAINT, PLAIN, plt
 from benchmarks.reporting.tables import table as markdown
+from benchmarks.study.drawing import VARIANTS, repeats
 from benchmarks.study.experiment import Case, Row, Spread, Verdict, all_of, order_of, select, spread
 from benchmarks.study.training import Batch, Trainer
 from benchmarks.study.transformers import (
@@ -26,9 +30,6 @@ from benchmarks.study.transformers import (
     use,
 )
 from seqcore import functional
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLE = "Encoder-only, decoder-only, encoder-decoder"
 QUESTION = (
@@ -179,12 +180,7 @@ def _share(found: Spread) -> str:
     return found.text("{:.0%}".format)
 
 
-def draw(rows: list[Row]) -> "tuple[Figure, str]":
-    from matplotlib.ticker import PercentFormatter
-
-    from benchmarks.reporting.plot_kit import FAINT, plt
-    from benchmarks.study.drawing import VARIANTS, repeats
-
+def draw(rows: list[Row]) -> tuple[Figure, str]:
     figure = plt.figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplot_mosaic([[*"abcd"], [*"eeee"]], height_ratios=(1.1, 1))
     _flow_maps(figure, [axes[name] for name in "abcd"], rows)
@@ -213,11 +209,7 @@ def draw(rows: list[Row]) -> "tuple[Figure, str]":
     )
 
 
-def _flow_maps(figure: "Figure", axes: list, rows: list[Row]) -> None:
-    from matplotlib.colors import LogNorm
-
-    from benchmarks.reporting.plot_kit import PLAIN
-
+def _flow_maps(figure: Figure, axes: list, rows: list[Row]) -> None:
     maps = {"Encoder-only": (ENCODER, "flow"), "Decoder-only": (DECODER, "flow")}
     maps |= {"Encoder-decoder, source": (BOTH, "source_flow"), "Encoder-decoder, its own": (BOTH, "flow")}
     for ax, (title, (model, key)) in zip(axes, maps.items(), strict=True):
