@@ -24,7 +24,12 @@ def causal_mask(T: int, device: torch.device | str) -> Tensor:
 def transformer_layers(width: int, layers: int, heads: int) -> nn.TransformerEncoder:
     """torch.nn's, normalised first, without dropout; with a causal mask they are what is called decoder-only."""
     layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, norm_first=True)
-    return nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+    stack = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+    # Its layers are copies of one; as torch.nn.Transformer does, each draws weights of its own.
+    for weight in stack.parameters():
+        if weight.dim() > 1:
+            nn.init.xavier_uniform_(weight)
+    return stack
 
 
 class Decoder(nn.Module):
