@@ -238,14 +238,25 @@ def test_the_reverse_direction_lags_along_time():
 # --- what is left behind -------------------------------------------------------------------------------------------
 
 
+class Counting(nn.BatchNorm1d):
+    """BatchNorm over [T, B, E] that puts another tensor in the place of a buffer, too."""
+
+    def forward(self, x):
+        y = super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        self.num_batches_tracked = self.num_batches_tracked + 1
+        return y
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_of_the_model_is_changed(fails):
     model = nn.ModuleDict({"rnn": nn.GRU(4, 4), "cell": nn.GRUCell(4, 4), "attention": nn.MultiheadAttention(4, 2)})
-    model.forward = lambda x: model["attention"](*[model["rnn"](x)[0]] * 3)[0]
+    model["norm"] = Counting(4)
+    model.forward = lambda x: model["attention"](*[model["rnn"](model["norm"](x))[0]] * 3)[0]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     model["rnn"].eval()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
 
     def loss(output):
         if fails:
@@ -260,6 +271,8 @@ def test_nothing_of_the_model_is_changed(fails):
         assert vars(module) == before[name]
         assert not module._forward_hooks and not module._forward_pre_hooks
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name][0] and torch.equal(buffer, buffers[name][1]), name
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -310,9 +323,21 @@ ERRORS = {
         lambda: gradient_flow(nn.Sequential(nn.Linear(4, 3)), torch.ones(2, 4), loss=torch.sum, watch=["1"]),
         "got '1'; there are 0",
     ),
+    "watched along no dimension": (
+        lambda: gradient_flow(nn.Sequential(nn.Linear(4, 3)), torch.ones(2, 4), loss=torch.sum, watch={"0": 2}),
+        r"'0' puts out, got 2 for \[2, 3\]; allowed are -2 … 1",
+    ),
+    "watched along a name": (
+        lambda: gradient_flow(nn.Sequential(nn.Linear(4, 3)), torch.ones(2, 4), loss=torch.sum, watch={"0": "1"}),
+        "the dimension of time, an int, got '1'",
+    ),
     "nothing": (
         lambda: gradient_flow(nn.Embedding(4, 3), torch.ones(2).long(), loss=torch.sum),
         "found nothing to follow",
+    ),
+    "an input without time": (
+        lambda: gradient_flow(nn.Linear(4, 3), torch.ones(2, 4), loss=torch.sum),
+        "of an unknown dimension of time",
     ),
     "packed": (
         lambda: gradient_flow(

@@ -9,7 +9,7 @@ from torch.autograd.functional import jacobian
 
 import seqcore
 from seqcore import InvalidInput
-from seqcore.diagnostics import StepJacobians, jacobians, step_jacobians
+from seqcore.diagnostics import StepJacobians, gradient_flow, jacobians, step_jacobians
 from seqcore.testing.budget import assert_within_budget
 
 from .comparisons import assert_equal_in_float64
@@ -88,6 +88,17 @@ def test_of_a_function_with_a_state_of_parts():
     assert_equal_in_float64({"J": step_jacobians(step, x, state).matrices}, {"J": expected})
 
 
+@pytest.mark.parametrize("zoneout", [0.3, (0.6, 0.2)])
+def test_of_expected_zoneout(zoneout):
+    module, x = seqcore.nn.LSTM(4, 3, zoneout=zoneout).double().eval(), torch.randn(5, 2, 4, **DOUBLE)
+
+    def step(x_t, state):
+        return tuple(part[0] for part in module(x_t[None], tuple(part[None] for part in state))[1])
+
+    expected = step_jacobians(step, x, (torch.zeros(2, 3, **DOUBLE),) * 2)
+    assert_equal_in_float64({"J": step_jacobians(module, x).matrices}, {"J": expected.matrices})
+
+
 # --- what follows from them ------------------------------------------------------------------------------------------
 
 
@@ -126,6 +137,18 @@ def test_products_of_thousands(factors):
     assert_equal_in_float64(exact(found), exact(expected))
 
 
+@pytest.mark.parametrize("ratio, decades", [(1.1, 0.05), (2.0, 1e-4)])
+def test_products_of_values_far_below_the_largest(ratio, decades):
+    expected = torch.cat([torch.zeros(1, **DOUBLE), -9 - math.log10(ratio) * torch.arange(63, **DOUBLE)])
+    found = StepJacobians(turned(40, (10 ** (expected / 40)).tolist())).products([40])[0, 0]
+    assert (found - expected).abs().max() < decades
+
+
+def test_lags_are_integers_of_any_kind():
+    found = StepJacobians(torch.randn(3, 1, 2, 2, **DOUBLE))
+    assert torch.equal(found.products(torch.tensor([3, 1])), found.products()[[2, 0]])
+
+
 def test_products_of_any_matrices():
     matrices = torch.randn(200, 3, 6, 6, **DOUBLE)
     found = StepJacobians(matrices).products()
@@ -158,6 +181,13 @@ def test_singular_and_broken_jacobians():
     assert broken.products()[:, 1].isnan().all()
 
 
+def test_results_are_compared_without_an_error():
+    module, x = nn.GRU(4, 3), torch.randn(3, 2, 4)
+    one, other = (gradient_flow(module, x) for _ in range(2))
+    assert one == one and one != other and one["h"] != other["h"]
+    assert step_jacobians(module, x) != step_jacobians(module, x)
+
+
 def test_a_plot_of_the_products():
     pytest.importorskip("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
@@ -179,18 +209,35 @@ def test_through_the_kernels(device):
     assert_within_budget(found.float(), exact, eager.float())
 
 
+class OwnForward(nn.RNN):
+    def forward(self, input, hx=None):
+        return tuple(0.5 * part for part in super().forward(input, hx))
+
+
+def hooked(kind):
+    module = nn.GRU(4, 3)
+    getattr(module, f"register_forward_{kind}")(lambda module, *given: None)
+    return module
+
+
 X, H = torch.ones(2, 1, 4), torch.ones(1, 3)
 ERRORS = {
     "two layers": (lambda: step_jacobians(nn.GRU(4, 3, 2), X), "one layer in one direction, .* got 2 layers"),
     "bidirectional": (lambda: step_jacobians(nn.GRU(4, 3, bidirectional=True), X), "got 1 layers, bidirectional"),
+    "own forward": (lambda: step_jacobians(OwnForward(4, 3), X), "got OwnForward .* pass a function"),
+    "pre-hook": (lambda: step_jacobians(hooked("pre_hook"), X), "hooks .* got GRU"),
+    "hook": (lambda: step_jacobians(hooked("hook"), X), "hooks .* got GRU"),
+    "zoneout drawn": (lambda: step_jacobians(seqcore.nn.GRU(4, 3, zoneout=0.1), X), r"got 0.1 in training; call eval"),
     "no step": (lambda: step_jacobians(3, X), "a recurrent module, a Cell or a function .* got int"),
     "no state": (lambda: step_jacobians(lambda x, h: h, X), "needs state="),
     "no sequence": (lambda: step_jacobians(nn.GRU(4, 3), X[0, 0]), r"x must be a Tensor \[T, B, …\] .* got \[4\]"),
+    "no time": (lambda: step_jacobians(nn.GRU(4, 3, batch_first=True), X[:, :0]), r"one step, got \[2, 0, 4\]"),
     "state of another batch": (lambda: step_jacobians(lambda x, h: h, X, H[[0, 0]]), r"\[1, S\] .* \[2, 3\]"),
     "another state": (lambda: step_jacobians(lambda x, h: h[:, :2], X, H), r"here \[\[1, 3\]\], got \[\[1, 2\]\]"),
     "detached": (lambda: step_jacobians(lambda x, h: h.detach(), X, H), r"detach\(\) and torch.no_grad"),
     "wrong width": (lambda: step_jacobians(nn.GRU(5, 3), X), "Expected 5, got 4"),
     "lag": (lambda: StepJacobians(torch.ones(2, 1, 1, 1)).products([0, 1]), r"lie in 1 … 2, .* got \[0, 1\]"),
+    "no integer": (lambda: StepJacobians(torch.ones(2, 1, 1, 1)).products([1.5]), r"integers in 1 … 2, got \[1.5\]"),
 }
 
 

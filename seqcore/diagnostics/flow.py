@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flow:
     """The norm of one gradient at every time step.
 
@@ -136,14 +136,14 @@ class Flow:
         return float(self._by_lag[lag].log10() - self._by_lag[0].log10())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GradientFlow(Mapping[str, Flow]):
     """A ``Flow`` for each state that was followed, by name; ``print`` it for all sentences.
 
     Attributes:
         flows: the same as a dict.
         loss: the value that was differentiated.
-        skipped: recurrent modules that could not be followed, by name, and why.
+        skipped: what could not be followed, by name, and why.
     """
 
     flows: dict[str, Flow]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..errors import InvalidInput
 from .flow import Flow, GradientFlow
 from .magnitude import DECADES
-from .recording import Piece, Recorder, following, time_dim
-from .unrolled import kept
+from .recording import Recorder, following, time_dim
 
 
 def gradient_flow(
@@ -32,13 +31,15 @@ def gradient_flow(
       While this runs they go through the sequence step by step, with their own weights, backend and options. h_t and
       c_t are one state together: ∂L/∂c_t is what flows back through c alone, h_t being held.
     - ``input``: the query input of every MultiheadAttention, all of it in self-attention; and the model's own first
-      input, if that is floating point.
+      input, if that is floating point and its dimension of time known, from the model's ``batch_first`` or because
+      it is given as it is to a recurrence or attention.
     - ``h``, ``c``, ``s2``, …: the outputs of every Cell, and of every module in ``watch``, the t-th call being step t.
       A watched module that is called once has put out a sequence.
 
-    A recurrence that is called with ``hx`` goes on with the sequence of its call before; called without, it starts
-    another, "h#2", as attention to several positions does. Nothing of the model is changed: not its mode, nor any
-    ``.grad``.
+    A recurrence or Cell goes on with the sequence whose last state it is given, or one computed from that; given none,
+    or another one, as zeros or a detached state, it starts another, "h#2". So does attention to more than one position.
+    All calls of a watched module are one sequence. Nothing of the model is changed: not its mode, nor any ``.grad``,
+    nor buffers; random numbers are drawn as in any forward.
 
     Args:
         model: a module; in any dtype, on any device.
@@ -47,15 +48,16 @@ def gradient_flow(
         loss: from the model's output to a scalar. By default, for a recurrence or attention by itself, the sum of
             the output at the last valid step of every sequence; in the reverse direction the last step is t = 0.
         watch: names of submodules, or a mapping of them to the dimension of time in what they put out if called once,
-            which else is 1 if the module has ``batch_first=True``, and 0.
+            which else is 1 if the module has ``batch_first=True``, and 0. Tuples, lists and dicts they put out are
+            looked into. Recurrences, Cells and attention are followed as above, named here or not.
         decades: what the ends of a sequence may be apart and still be called "steady".
 
     Returns:
         A mapping of names to ``Flow``: ``norms`` [T], ``rate``, ``ratio``, ``verdict``, ``sentence``.
 
     Raises:
-        InvalidInput: for a PackedSequence, a loss that is missing, no scalar or without a graph, an unknown name in
-            ``watch``, or if there is nothing to follow; modules raise their own for the rest.
+        InvalidInput: for a PackedSequence, a loss that is missing, no scalar or without a graph, an unknown name or
+            dimension in ``watch``, or if there is nothing to follow; modules raise their own for the rest.
 
     Source: Bengio, Simard & Frasconi (1994); Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent
     neural networks" (2013).
@@ -112,17 +114,14 @@ def _last_attended(module: nn.MultiheadAttention, attended: Tensor, padding: Ten
 
 
 def _seen(model: nn.Module, inputs: tuple, recorder: Recorder) -> tuple:
-    """``inputs``, the first one followed if it is floating point; a lone attention module shows its own."""
+    """``inputs``, the first one to be followed if it is floating point; a lone attention module shows its own."""
     if not inputs or isinstance(model, nn.MultiheadAttention):
         return inputs
     x = inputs[0]
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or not x.dim():
         return inputs
-    tensor = kept(x)
-    layouts = [m.batch_first for m in model.modules() if isinstance(m, (nn.RNNBase, nn.MultiheadAttention))]
-    batch_first = getattr(model, "batch_first", bool(layouts) and all(layouts))
-    recorder.add("input", "x", [Piece(tensor, time_dim(x, batch_first))])
-    return tuple(tensor if value is x else value for value in inputs)
+    handed = recorder.enter(x, getattr(model, "batch_first", None))
+    return tuple(handed if value is x else value for value in inputs)
 
 
 def _uncompiled() -> contextlib.AbstractContextManager:
@@ -139,7 +138,7 @@ def _flows(recorder: Recorder, value: Tensor, decades: float) -> GradientFlow:
     if not recorder.series:
         raise InvalidInput(
             "gradient_flow: found nothing to follow: no RNN, GRU, LSTM, Cell or MultiheadAttention was called, and the "
-            "first input is not floating point; name a submodule in watch="
+            "first input is not floating point, or of an unknown dimension of time; name a submodule in watch="
         )
     if not value.requires_grad:
         raise InvalidInput(

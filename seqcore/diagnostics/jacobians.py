@@ -1,6 +1,7 @@
 """What one step of a recurrence does to its state: the Jacobians along a trajectory, and their products."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from ..functional.recurrence_problem import Options
 from ..reference.recurrence import Weights
 from .magnitude import DECADES, change, verdict, wide
 from .products import log10_singular_values
+from .recording import plain, time_dim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +34,7 @@ DRAWN = 200
 Advance = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepJacobians:
     """J_t = ∂s_t/∂s_{t-1} for every step of a trajectory; s is h, or h and c joined.
 
@@ -58,25 +60,28 @@ class StepJacobians:
     def products(self, lags: Sequence[int] | None = None) -> Tensor:
         """log10 of the singular values, largest first, of J_T J_{T-1} … J_{T-k+1}: what is left after k steps back.
 
-        Those above 1e-7 of the largest are exact to rounding. Smaller ones are, too, where neighbours differ by a
-        factor of two; nearly equal ones may be off by 0.01 decades. Products may be thousands long and span any number
-        of decades.
+        Those above 1e-7 of the largest are exact to rounding. Smaller ones are within 1e-4 decades where neighbours
+        differ by a factor of two, and within 0.05 where by less, as measured for S up to 128. Products may be thousands
+        long and span any number of decades. Where a J_t is singular, the smallest are zero or what rounding made of it.
 
         Args:
             lags: which k, from 1 to T; all of them if None. Each costs an SVD and some QR factorisations for each b.
 
         Returns:
-            [T, B, S] float64, lag k at index k - 1, or [len(lags), B, S]. -inf for zero; NaN for a sequence with a
-            J_t that is not finite.
+            [T, B, S] float64, lag k at index k - 1, or [len(lags), B, S]. -inf for an exact zero; NaN for a sequence
+            with a J_t that is not finite.
 
         Raises:
-            InvalidInput: for a lag that is not in 1 … T.
+            InvalidInput: for a lag that is no integer in 1 … T.
         """
         steps = len(self.matrices)
-        lags = range(1, steps + 1) if lags is None else list(lags)
-        if not all(1 <= lag <= steps for lag in lags):
-            raise InvalidInput(f"products: lags must lie in 1 … {steps}, the steps there are, got {lags}")
-        found = log10_singular_values(self._safe, lags)
+        try:
+            chosen = range(1, steps + 1) if lags is None else [operator.index(lag) for lag in lags]
+        except TypeError as error:
+            raise InvalidInput(f"products: lags must be a list of integers in 1 … {steps}, got {lags}") from error
+        if not all(1 <= lag <= steps for lag in chosen):
+            raise InvalidInput(f"products: lags must lie in 1 … {steps}, the steps there are, got {chosen}")
+        found = log10_singular_values(self._safe, chosen)
         return torch.where(self._finite.all(0)[:, None], found, math.nan)
 
     @cached_property
@@ -165,7 +170,7 @@ def step_jacobians(
     Args:
         step: an RNN, GRU or LSTM of one layer in one direction or a Cell, of ``seqcore.nn`` or ``torch.nn``; or a
             function (x_t [N, …], state) -> state for any number of rows N, which does not mix rows. grad_clip of a
-            module is left out.
+            module is left out; zoneout has its expectation, in evaluation.
         x: [T, B, …]; [B, T, I] for a module with batch_first=True; [T, I] for a module without a batch.
         state: before the first step; of a module as it takes it, None for zeros; of a function [B, S] or a tuple of
             such, as it returns them.
@@ -175,8 +180,9 @@ def step_jacobians(
         A ``StepJacobians``: ``matrices`` [T, B, S, S], S joining the parts of the state, and what follows from them.
 
     Raises:
-        InvalidInput: for a module of several layers or directions, wrong ranks or sizes, or a function without
-            ``state`` or which returns another one.
+        InvalidInput: for a recurrence of several layers or directions, with a forward or hooks of its own, or in
+            training with zoneout; for wrong ranks or sizes, or no step; for a function without ``state`` or which
+            returns another one.
 
     Source: Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks" (2013).
     """
@@ -187,7 +193,8 @@ def step_jacobians(
 
 def _prepared(step, x: Tensor, state: State | None) -> tuple[Advance, Tensor, tuple[Tensor, ...]]:
     """``step`` in one form, x [T, B, …] and the state's parts [B, …]."""
-    if not isinstance(x, Tensor) or x.dim() < 2 or not x.shape[0]:
+    batch_first = isinstance(step, nn.RNNBase) and step.batch_first
+    if not isinstance(x, Tensor) or x.dim() < 2 or not x.shape[time_dim(x, batch_first)]:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise InvalidInput(f"step_jacobians: x must be a Tensor [T, B, …] of at least one step, got {got}")
     if isinstance(step, nn.RNNBase):
@@ -210,14 +217,30 @@ def _of_layer(module: nn.RNNBase, x: Tensor, hx: State | None) -> tuple[Advance,
             f"step_jacobians: needs one layer in one direction, whose step is a function of its own state, got "
             f"{module.num_layers} layers{', bidirectional' if module.bidirectional else ''}; take the layers one by one"
         )
-    cell, backend = module.mode.lower(), getattr(module, "backend", "aten")
+    if not plain(module) or module._forward_pre_hooks or module._forward_hooks:
+        raise InvalidInput(
+            "step_jacobians: steps RNN, GRU and LSTM itself, which would leave out a forward or hooks of one's own (as "
+            f"weight_norm's), got {type(module).__name__} with such; pass a function (x_t, state) -> state"
+        )
     weights = [getattr(module, name) for name in module._all_weights[0]]
-    problem = check_sequence(cell, x, hx, weights, Options(bias=module.bias, batch_first=module.batch_first))
+    zoneout = getattr(module, "zoneout", 0.0)
+    given = Options(bias=module.bias, batch_first=module.batch_first, zoneout=zoneout)
+    problem = check_sequence(module.mode.lower(), x, hx, weights, given)
+    if problem.zoneout and module.training:
+        raise InvalidInput(
+            "step_jacobians: zoneout draws anew for each of the copies that a sequence is stepped in, got "
+            f"{zoneout} in training; call eval() first, for its expectation"
+        )
+    options = {
+        "cell": problem.cell, "bias": module.bias, "zoneout": zoneout, "backend": getattr(module, "backend", "aten"),
+        # But for zoneout, which has its expectation then, as in training, or cuDNN would have no backward.
+        "training": not problem.zoneout,
+    }  # fmt: skip
 
     def advance(x_t, parts):
         packed = tuple(part[None] for part in parts)
         hx = packed if len(packed) > 1 else packed[0]
-        _, new = recurrence(x_t[None], hx, weights, cell=cell, bias=module.bias, training=True, backend=backend)
+        _, new = recurrence(x_t[None], hx, weights, **options)
         return tuple(part[0] for part in ((new,) if isinstance(new, Tensor) else new))
 
     states = (problem.h0[0],) if problem.c0 is None else (problem.h0[0], problem.c0[0])

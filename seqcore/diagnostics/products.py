@@ -30,9 +30,9 @@ def log10_singular_values(matrices: Tensor, lags: Sequence[int]) -> Tensor:
     with d in logarithms, by QR factorisations of columns sorted by size: nothing overflows, and small values do not
     drown in large ones.
 
-    Singular values above 1e-7 of the largest are exact to rounding. Smaller ones are, too, where neighbours differ by
-    a factor of two; nearly equal ones may be off by 0.01 decades. Where factors are singular, the smallest ones are
-    zero (-inf) or what rounding made of it.
+    Singular values above 1e-7 of the largest are exact to rounding. Smaller ones are within 1e-4 decades where
+    neighbours differ by a factor of two, and within 0.05 where by less. Where factors are singular, the
+    smallest ones are zero (-inf) or what rounding made of it.
 
     Args:
         matrices: [T, B, S, S] float64, finite.

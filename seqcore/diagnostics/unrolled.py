@@ -1,7 +1,7 @@
 """RNN, GRU and LSTM step by step: T calls of one step where the module makes one call, so that every state is seen."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ class Step(NamedTuple):
 
 # (layer, direction, its steps in order of t)
 See = Callable[[int, int, list[Step]], None]
-# Whether a call starts a sequence, as one without hx does, to what its layers are shown to.
-Begin = Callable[[bool], See]
+# The input and hx of a call, to what its layers are shown to.
+Begin = Callable[[Tensor, Any], See]
 
 
 def kept(state: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def unrolled(module: nn.RNNBase, name: str, begin: Begin) -> Callable:
         # By attribute, once a call: a parametrization computes them.
         weights = [getattr(module, weight) for names in module._all_weights for weight in names]
         problem = check_sequence(module.mode.lower(), input, hx, weights, options)
-        walk = _Walk(problem, options, getattr(module, "backend", "aten"), begin(hx is None))
+        walk = _Walk(problem, options, getattr(module, "backend", "aten"), begin(input, hx))
         between = between_layers(problem, options)
         y, h_n, c_n, cells = stack(walk.layer, problem.x, problem.h0, problem.c0, problem.weights, between)
         return problem.finish(y, h_n, c_n, cells if return_cells else None)
