@@ -39,8 +39,6 @@ class Cell:
             differentiable ``reference`` instead, also in compiled graphs.
         apart: whether ``dx_gates`` and ``dh_gates`` differ; if they never do, False saves a third of the writing.
         saves_output: whether ``saved`` is the new h alone, which then need not be stored twice.
-        extra: how many tiles a step takes of each unit besides its gates; they follow these in ``x_gates``, belong to
-            no product and get no gradient. Only the operators and the library's own cells for zoneout pass any.
 
     Raises:
         InvalidInput: if the name is taken, or ``reference`` does not take or return what it should.
@@ -57,7 +55,6 @@ class Cell:
     reference_backward: Callable[..., Any] | None = None
     apart: bool = True
     saves_output: bool = False
-    extra: int = 0
     saved: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,8 +62,6 @@ class Cell:
             raise InvalidInput(f"cell {self.name!r}: states must be ('h',) or ('h', 'c'), got {self.states!r}")
         if not isinstance(self.gates, int) or self.gates < 1:
             raise InvalidInput(f"cell {self.name!r}: gates must be a positive integer, got {self.gates!r}")
-        if not isinstance(self.extra, int) or self.extra < 0:
-            raise InvalidInput(f"cell {self.name!r}: extra must be a number of tiles, 0 or more, got {self.extra!r}")
         before = _registry.get(self.name)
         if before is not None and before._origin != self._origin:
             raise InvalidInput(f"a cell named {self.name!r} exists already, from {before._origin}; choose another name")
@@ -76,6 +71,11 @@ class Cell:
     @property
     def has_c(self) -> bool:
         return len(self.states) == 2
+
+    @property
+    def extra(self) -> int:
+        """How many tiles a step takes of each unit behind its gates in ``x_gates``, of no product and no gradient."""
+        return 0
 
     @property
     def _origin(self) -> str:
@@ -103,6 +103,14 @@ class Cell:
         return _resolved(self.step), _resolved(self.step_backward)
 
 
+class _Zoned(Cell):
+    """A cell with zoneout, called by the operators alone, which pass of each state which units keep it."""
+
+    @property
+    def extra(self) -> int:
+        return len(self.states)
+
+
 def _resolved(function: Callable[..., Any] | str) -> Any:
     if isinstance(function, str):
         module, _, name = function.partition(":")
@@ -124,8 +132,8 @@ def find(cell: "Cell | str") -> Cell:
     return _registry[cell]
 
 
-def _built_in(name: str, gates: int, states: tuple[str, ...], **options: Any) -> Cell:
-    return Cell(
+def _built_in(name: str, gates: int, states: tuple[str, ...], kind: type[Cell] = Cell, **options: Any) -> Cell:
+    return kind(
         name=name,
         gates=gates,
         states=states,
@@ -144,6 +152,6 @@ LSTM = _built_in("lstm", 4, ("h", "c"), apart=False)
 BUILT_IN = (RNN_TANH, RNN_RELU, GRU, LSTM)
 # Each with zoneout, by its name without.
 ZONEOUT = {
-    cell.name: _built_in(f"{cell.name}_zoneout", cell.gates, cell.states, apart=cell.apart, extra=len(cell.states))
+    cell.name: _built_in(f"{cell.name}_zoneout", cell.gates, cell.states, _Zoned, apart=cell.apart)
     for cell in BUILT_IN
 }

@@ -211,6 +211,11 @@ def _own_options(module: torch_nn.Module) -> str:
 
 def _beyond_torch(module: torch_nn.Module) -> str:
     options = {name: getattr(module, name, plain) for name, plain in BEYOND_TORCH.items()}
+    # What asks for nothing in another way.
+    if isinstance(options["zoneout"], (tuple, list)) and not any(options["zoneout"]):
+        options["zoneout"] = BEYOND_TORCH["zoneout"]
+    if options["locked"] and not (module.dropout and module.num_layers > 1):
+        options["locked"] = BEYOND_TORCH["locked"]
     used = [f"{name}={value}" for name, value in options.items() if value != BEYOND_TORCH[name]]
     return f"uses what torch's class lacks: {', '.join(used)}" if used else ""
 

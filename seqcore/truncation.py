@@ -31,6 +31,8 @@ def truncated_bptt(
             loss(y, target).backward()
             optimizer.step()
 
+    Each chunk is a call of its own, so that masks of ``locked`` dropout are drawn anew for each.
+
     Args:
         module: an RNN, GRU or LSTM of ``seqcore.nn`` or ``torch.nn``, in one direction. Each chunk is run when it is
             asked for, with the parameters of that moment.

@@ -218,7 +218,6 @@ def define(name="test_new", gates=2, states=("h",), reference=mgu, **options):
     ({"states": ["h"]}, "states must be"),
     ({"gates": 0}, "gates must be a positive integer, got 0"),
     ({"gates": 2.0}, "gates must be a positive integer, got 2.0"),
-    ({"extra": -1}, "extra must be a number of tiles, 0 or more, got -1"),
     ({"gates": 1}, r"with 1 gates and 1 states in tuples, must return \(state, saved\).*IndexError"),
     ({"states": ("h", "c")}, "reference must return 2 states, got 1"),
     ({"reference": lambda x, h, state: state}, "must return .* it raised"),
@@ -233,6 +232,11 @@ def test_bad_definitions(options, message):
     assert (find("lstm"), find("test_mgu")) == before
     with pytest.raises(InvalidInput, match="unknown cell 'test_new'"):
         find("test_new")
+
+
+def test_what_only_the_operators_pass_is_not_for_a_cell_of_your_own():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'extra'"):
+        define(extra=1)
 
 
 def test_a_cell_may_be_defined_again():

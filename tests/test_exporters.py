@@ -63,9 +63,10 @@ def test_a_trace_holds_torchs_operators_for_any_size(name):
         torch.testing.assert_close(traced(x), model(x))
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_a_trace_of_the_reference_is_for_its_own_length(name):
+@pytest.mark.parametrize("name, zoneout", [*((name, 0.0) for name in CELLS), ("rnn_relu", 0.3), ("lstm", (0.7, 0.3))])
+def test_a_trace_of_the_reference_is_for_its_own_length(name, zoneout):
     model = around(name, "reference")
+    model.inner.zoneout = zoneout
     x = given(name)
     traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), model(x))
@@ -125,8 +126,11 @@ def test_onnx(name, quiet):
     assert name not in ("gru", "lstm") or name.upper() in operators
 
 
-def test_onnx_of_a_ragged_batch_is_unrolled(quiet):
-    assert "LSTM" not in check_onnx(around("lstm", lengths=torch.tensor([3, 1])), given("lstm"))
+@pytest.mark.parametrize("what", ["lengths", "zoneout"])
+def test_onnx_of_what_torch_lacks_is_unrolled(what, quiet):
+    model = around("lstm", **{"lengths": torch.tensor([3, 1])} if what == "lengths" else {})
+    model.inner.zoneout = (0.7, 0.3) if what == "zoneout" else 0.0
+    assert "LSTM" not in check_onnx(model, given("lstm"))
 
 
 # --- torch.fx ------------------------------------------------------------------------------------------------------

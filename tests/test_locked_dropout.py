@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import seqcore
@@ -15,6 +16,8 @@ from .recurrence_twins import CELLS, differing, masks, ours, packed, problem, re
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    # Which torch says of one layer, for which the option is to do nothing.
+    pytest.mark.filterwarnings("ignore:dropout option adds dropout after all but last recurrent layer"),
     # What torch's own compiler does to itself.
     pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
 ]
@@ -162,7 +165,7 @@ def test_between_layers(cell, form):
 @pytest.mark.parametrize("case", ["evaluation", "p=0", "one layer"])
 @pytest.mark.parametrize("backend", ["reference", "aten"])
 def test_where_nothing_is_dropped_nothing_changes(backend, case):
-    options = {"num_layers": 2, "dropout": 0.0 if case == "p=0" else 0.5} if case != "one layer" else {}
+    options = {"num_layers": 1 if case == "one layer" else 2, "dropout": 0.0 if case == "p=0" else 0.5}
     twin, x, _ = problem("lstm", bidirectional=True, **options)
     twin.train(case != "evaluation")
     assert not differing(results(ours(twin, backend, locked=True), x), results(ours(twin, backend), x))
@@ -184,6 +187,39 @@ def test_by_the_operators_and_compiled(form, by_the_function):
     module.compile(fullgraph=True, backend=capture)
     assert_equal_in_float64(seeded(module, x), expected)
     assert capture.forward == [["recurrence_forward"] * 2]
+
+
+@pytest.mark.parametrize("locked", [1, 0.5, None, "yes"])
+def test_locked_is_a_bool(locked):
+    for make in (
+        lambda: seqcore.nn.GRU(4, 3, num_layers=2, dropout=0.5, locked=locked),
+        lambda: ours(nn.GRU(4, 3), None, locked=locked)(torch.zeros(2, 5, 4)),
+    ):
+        with pytest.raises(seqcore.InvalidInput, match="GRU: locked must be True or False, got"):
+            make()
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"dropout": 0.5}], ids=["p=0", "one layer"])
+def test_what_does_nothing_is_no_reason_not_to_restore(options):
+    module = seqcore.nn.LSTM(4, 3, locked=True, **options)
+    assert seqcore.restore(module).swapped and type(module) is nn.LSTM and "locked" not in vars(module)
+
+
+def test_dropconnect_by_a_parametrization():
+    """As LockedDropout recommends: one mask on the recurrent weights per call."""
+    twin, x, hx = problem("lstm", dtype=torch.float64)
+    module = ours(twin, "reference")
+    parametrize.register_parametrization(module, "weight_hh_l0", nn.Dropout(0.5))
+    whole = module.parametrizations.weight_hh_l0.original
+    torch.manual_seed(3)
+    y = module(x, hx)[0]
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(whole, 0.5)
+    with torch.no_grad():
+        twin.weight_hh_l0.copy_(dropped)
+    assert torch.equal(y, ours(twin, "reference")(x, hx)[0])
+    y.sum().backward()
+    assert torch.equal(whole.grad == 0, dropped == 0)
 
 
 def test_a_swapped_module_and_its_options():

@@ -1,8 +1,10 @@
 """Zoneout: units that keep their state, against the paper's formula step by step, and on the kernels."""
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import seqcore
@@ -59,10 +61,13 @@ class Loop(nn.Module):
         return (STEPS[self.module.mode](x, state[0], *weights),)
 
     def keeping(self, x):
-        """d of each state, [D, T, B, H]."""
+        """d of each state, [D, T, B, H], in float64."""
         rows = x.data if isinstance(x, PackedSequence) else x
+        if not self.training:
+            shape = (2, *(x.batch_sizes.shape if rows.dim() == 2 else ()), *rows.shape[-3:-1], self.module.hidden_size)
+            return [torch.full(shape, p, dtype=torch.float64) for p in self.zoneout]
         torch.manual_seed(SEED)
-        drawn = kept(self.zoneout, rows, self.module.hidden_size, 2, self.training).to(rows.dtype)
+        drawn = kept(self.zoneout, rows, self.module.hidden_size, 2, training=True).double()
         if isinstance(x, PackedSequence):
             pieces = (PackedSequence(d, x.batch_sizes, x.sorted_indices, x.unsorted_indices) for d in drawn)
             drawn = torch.stack([pad_packed_sequence(piece)[0] for piece in pieces])
@@ -86,7 +91,7 @@ class Loop(nn.Module):
                         state = tuple(torch.zeros_like(s) for s in state)
                     new = self.step(x[t, b : b + 1], state, suffix)
                     state = tuple(
-                        k[d, t, b] * s + (1 - k[d, t, b]) * n for k, s, n in zip(keep, state, new, strict=True)
+                        (k[d, t, b] * s + (1 - k[d, t, b]) * n).to(n) for k, s, n in zip(keep, state, new, strict=True)
                     )
                     outputs[t] = state[0]
                 ways.append(torch.stack(outputs))
@@ -118,11 +123,13 @@ def test_the_papers_formula(cell, form, mode):
     assert_equal_in_float64(found, expected)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_operators_and_compiled_graphs_draw_and_compute_the_same(cell, by_the_function):
+@pytest.mark.parametrize("cell, mode", [*((cell, "training") for cell in CELLS), ("lstm", "evaluation")])
+def test_operators_and_compiled_graphs_draw_and_compute_the_same(cell, mode, by_the_function):
     twin, x, hx = problem(cell, **BOTH_WAYS, dtype=torch.float64)
-    expected = results(Loop(twin, zoneout_of(cell)), x, hx)
-    module, capture = Seeded(ours(twin, None, zoneout=zoneout_of(cell))), Capture()
+    twin.train(mode == "training")
+    zoneout = (0.7, 0.2) if mode == "evaluation" else zoneout_of(cell)
+    expected = results(Loop(twin, zoneout).train(twin.training), x, hx)
+    module, capture = Seeded(ours(twin, None, zoneout=zoneout)), Capture()
     assert_equal_in_float64(results(module, x, hx), expected)
     module.module.compile(fullgraph=True, backend=capture)
     assert_equal_in_float64(results(module, x, hx), expected)
@@ -146,6 +153,19 @@ def test_a_probability_of_1_keeps_the_initial_state(cell, mode):
     for found, initial in zip(tensors(state), tensors(hx), strict=True):
         assert torch.equal(found, initial)
     assert (y == torch.cat(list(tensors(hx)[0]), -1)).all()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.99, 0.999])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_an_expectation_in_16_bits(cell, p):
+    twin, x, hx = problem(cell, **BOTH_WAYS, dtype=torch.bfloat16)
+    # From zeros: else the rounding of what is kept hides how far a step goes.
+    hx = mapped(torch.zeros_like, hx)
+    module = ours(twin.eval(), "reference", zoneout=p)
+    assert_alike(Seeded(module), Loop(twin, (p,) * len(tensors(hx))).eval(), x, hx)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = copy.deepcopy(module).float()(x.float(), mapped(Tensor.float, hx))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(module(x, hx)), strict=True))
 
 
 def test_what_is_drawn():
@@ -191,11 +211,17 @@ def test_only_the_kernels_and_the_reference_have_it():
     ("LSTM", {}, (0.1, -0.1), r"got \(0.1, -0.1\)"),
     ("LSTM", {}, (0.1,), r"got \(0.1,\)"),
     ("LSTM", {}, "0.1", "got '0.1'"),
+    ("GRU", {}, True, "got True"),
+    ("LSTM", {}, (0.1, False), r"got \(0.1, False\)"),
     ("LSTM", {"proj_size": 2}, 0.1, "LSTM: zoneout keeps units of h, which proj_size mixes"),
 ])  # fmt: skip
 def test_bad_probabilities(name, options, zoneout, message):
     with pytest.raises(InvalidInput, match=message):
-        getattr(seqcore.nn, name)(4, 3, zoneout=zoneout, **options)(torch.zeros(2, 5, 4))
+        getattr(seqcore.nn, name)(4, 3, zoneout=zoneout, **options)
+    module = getattr(seqcore.nn, name)(4, 3, **options)
+    module.zoneout = zoneout
+    with pytest.raises(InvalidInput, match=message):
+        module(torch.zeros(2, 5, 4))
 
 
 def test_cells_by_name():
@@ -204,8 +230,11 @@ def test_cells_by_name():
     found = functional.recurrence(x, hx, weights, cell="lstm", zoneout=0.3)
     expected = functional.lstm(x, hx, weights, zoneout=0.3)
     assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
-    with pytest.raises(InvalidInput, match="lstm_zoneout: takes what only the operators pass"):
-        functional.recurrence(x, hx, weights, cell="lstm_zoneout")
+    for plain, function in (("rnn_relu", "rnn"), ("gru", "gru"), ("lstm", "lstm")):
+        message = f"{plain}_zoneout: .* pass zoneout= to {function}, or to recurrence with cell='{plain}'"
+        twin, x, hx = problem(plain)
+        with pytest.raises(InvalidInput, match=message):
+            functional.recurrence(x, hx, list(twin.parameters()), cell=f"{plain}_zoneout")
     own = seqcore.Cell("test_own", 1, ("h",), "", "", lambda x, h, state: ((x[0] + h[0],), ()))
     weights = [torch.zeros(3, 4), torch.zeros(3, 3)]
     with pytest.raises(InvalidInput, match=r"test_own: zoneout is for 'rnn_tanh', .* in a cell of your own, leave it"):
@@ -219,6 +248,8 @@ def test_a_swapped_module_and_its_options():
     module.zoneout = (0.1, 0.2)
     assert repr(module) == "LSTM(4, 3, zoneout=(0.1, 0.2))"
     assert "zoneout=(0.1, 0.2)" in str(seqcore.restore(module))
+    module.zoneout = (0.0, 0.0)
+    assert seqcore.restore(module).swapped and repr(module) == "LSTM(4, 3)" and "zoneout" not in vars(module)
     assert seqcore.nn.GRU(4, 3, zoneout=0.1).zoneout == 0.1
 
 
@@ -248,6 +279,16 @@ def test_kernels(name, cell, device):
         keywords["return_cells"] = True
     module = ours(twin, "triton", zoneout=zoneout_of(cell), **own)
     assert_alike(Seeded(module), Seeded(ours(module, "reference", recompute=False)), x, hx, **keywords)
+
+
+# At the last, 1 - p is less than float16 has.
+@pytest.mark.kernels
+@pytest.mark.parametrize("p", [0.05, 0.99, 0.999, 1 - 1e-9])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_kernels_expect_in_16_bits(cell, p, device):
+    twin, x, hx = problem(cell, T=4, I=8, dtype=torch.float16, device=device)
+    module = ours(twin.eval(), "triton", zoneout=p)
+    assert_alike(module, ours(module, "reference"), x, mapped(torch.zeros_like, hx))
 
 
 @pytest.mark.kernels

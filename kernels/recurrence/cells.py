@@ -94,14 +94,21 @@ def lstm_step_backward(saved, state, new_state, dstate):
 
 
 # Zoneout (Krueger et al., 2017) around each of these: behind the gates in ``x_gates`` stands ``keep``, a tile for each
-# state: 1 where a unit keeps what entered, 0 where it takes what the cell computed, and between the two in expectation.
+# state: 1 where a unit keeps what entered, 0 where it takes what the cell computed, and between the two in expectation;
+# there p > 1/2 is written p - 1, since the tiles come in the input's dtype, and 16 bits of p say little of 1 - p.
+
+
+@triton.jit
+def _computed_share(keep):
+    return tl.where(keep < 0.0, -keep, 1.0 - keep)
 
 
 @triton.jit
 def _mixed(keep, old, new):
     mixed = ()
     for k in tl.static_range(len(keep)):
-        mixed = mixed + (keep[k] * old[k] + (1.0 - keep[k]) * new[k],)
+        share = _computed_share(keep[k])
+        mixed = mixed + ((1.0 - share) * old[k] + share * new[k],)
     return mixed
 
 
@@ -110,7 +117,7 @@ def _to_computed(keep, dstate):
     """Of the gradients of what ``_mixed`` gives, those of what the cell computed."""
     found = ()
     for k in tl.static_range(len(keep)):
-        found = found + ((1.0 - keep[k]) * dstate[k],)
+        found = found + (_computed_share(keep[k]) * dstate[k],)
     return found
 
 
@@ -119,7 +126,7 @@ def _with_kept(through_cell, keep, dstate):
     """Gradients of the entering state: what came through the cell, and what came past it."""
     found = ()
     for k in tl.static_range(len(keep)):
-        found = found + (through_cell[k] + keep[k] * dstate[k],)
+        found = found + (through_cell[k] + (1.0 - _computed_share(keep[k])) * dstate[k],)
     return found
 
 

@@ -34,6 +34,8 @@ class PipelineResult(NamedTuple):
 class TimePipeline:
     """Run recurrent layers that stand on W processes, layer after layer, over chunks of a sequence.
 
+    Each chunk is a call of its own, so that masks of ``locked`` dropout are drawn anew for each.
+
     Args:
         module: this process's layers, a unidirectional ``seqcore.nn`` or ``torch.nn`` recurrent module. The first
             process's takes the input, each other's the output of the one before.

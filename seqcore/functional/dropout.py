@@ -19,6 +19,7 @@ def locked_dropout(
     """Locked (variational) dropout: y_t = x_t m / (1 - p), with one mask m per sequence and feature for all steps t.
 
     Each call draws a new mask, from torch's generator. A PackedSequence gets the masks that the padded batch would.
+    The name is Merity et al.'s; the mask that Gal & Ghahramani also put on h, within the recurrence, is left out.
 
     Args:
         input: [T, B, F], [B, T, F] if ``batch_first``, [T, F] unbatched, or a PackedSequence; any floating dtype.
@@ -32,7 +33,8 @@ def locked_dropout(
     Raises:
         InvalidInput: for a p outside 0 … 1, wrong ranks or dtypes.
 
-    Source: Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016).
+    Source: Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016);
+    Merity et al., "Regularizing and Optimizing LSTM Language Models" (2018), AWD-LSTM.
     """
     check_probability("locked_dropout", p)
     packed = isinstance(input, PackedSequence)
@@ -59,6 +61,11 @@ def locked_dropout(
 def check_probability(name: str, p: float) -> None:
     if not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise InvalidInput(f"{name}: dropout probability has to be between 0 and 1, but got {p!r}")
+
+
+def check_locked(name: str, locked: bool) -> None:
+    if not isinstance(locked, bool):
+        raise InvalidInput(f"{name}: locked must be True or False, got {locked!r}; the probability is dropout=")
 
 
 def drop_padded(x: Tensor, p: float, time: int = 0) -> Tensor:

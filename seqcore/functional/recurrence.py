@@ -74,10 +74,12 @@ def rnn(
         recompute: keep only y (and c) for backward, and make the gates again there with one more product. The
             reference keeps what autograd keeps, all the same.
         locked: draw one mask of ``dropout`` per sequence and feature, for all time steps; see :func:`locked_dropout`.
+            Without ``dropout`` or a second layer nothing is dropped, and it changes nothing.
         zoneout: probability of each unit to keep the state it entered a step with, drawn anew for every step and
             sequence if ``training``; else the expectation, h_t = zoneout h_{t-1} + (1 - zoneout) h~_t. Not with a
-            projection. Source: Krueger et al., "Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations"
-            (2017).
+            projection. At each step h is rounded to the input's dtype, as always: in 16 bits, what is left of a step
+            by a zoneout near 1 may be too little to move it. Source: Krueger et al., "Zoneout: Regularizing RNNs by
+            Randomly Preserving Hidden Activations" (2017).
         backend: see ``seqcore.use_backend``.
 
     Returns:

@@ -11,6 +11,7 @@ from ..errors import InvalidInput
 from ..reference.recurrence import Weights, group, hidden_size
 from ..reference.sizes import is_zero
 from .autocast import target_dtype
+from .dropout import check_locked
 from .recurrence_problem import Options, Problem
 from .values import readable
 from .zoneout import probabilities
@@ -182,6 +183,7 @@ def _shown(cell: str) -> str:
 def _check_options(name: str, cell: str, options: Options) -> None:
     if not 0 <= options.dropout <= 1:
         raise InvalidInput(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
+    check_locked(name, options.locked)
     clip = options.grad_clip
     if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
         raise InvalidInput(f"{name}: grad_clip must be a positive number, got {clip!r}; leave it out not to clip")

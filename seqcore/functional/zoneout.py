@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..cells import ZONEOUT, Cell
 from ..errors import InvalidInput
+from ..reference.recurrence import wide
 
 Zoneout = float | tuple[float, float]
 
@@ -16,9 +17,14 @@ def probabilities(name: str, cell: Cell, zoneout: Zoneout, projected: bool) -> t
         InvalidInput: for what is not such probabilities, with a projection, or with a cell that has no form with it.
     """
     if cell.extra:
-        raise InvalidInput(f"{name}: takes what only the operators pass (extra=); for zoneout, pass zoneout= to lstm")
+        plain = cell.name.removesuffix("_zoneout")
+        function = "rnn" if plain.startswith("rnn") else plain
+        raise InvalidInput(
+            f"{name}: is how the operators call {plain!r} with zoneout; pass zoneout= to {function}, or to recurrence "
+            f"with cell={plain!r}"
+        )
     of_each = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout,) * len(cell.states)
-    if len(of_each) != len(cell.states) or not all(isinstance(p, (int, float)) and 0 <= p <= 1 for p in of_each):
+    if len(of_each) != len(cell.states) or not all(map(_is_probability, of_each)):
         pair = ", or a pair of these for h and c" if cell.has_c else ""
         raise InvalidInput(f"{name}: zoneout must be a probability between 0 and 1{pair}, got {zoneout!r}")
     if not any(of_each):
@@ -33,12 +39,23 @@ def probabilities(name: str, cell: Cell, zoneout: Zoneout, projected: bool) -> t
     return of_each
 
 
+def _is_probability(p: float) -> bool:
+    return isinstance(p, (int, float)) and not isinstance(p, bool) and 0 <= p <= 1
+
+
 def kept(of_each: tuple[float, ...], x: Tensor, hidden: int, directions: int, training: bool) -> Tensor:
-    """[D, T, B, states * H] (packed: [D, R, …]): of each unit at each step whether it keeps h, and c; or how likely."""
+    """[D, T, B, states * H] (packed: [D, R, …]): of each unit at each step whether it keeps h, and c; or how likely.
+
+    The latter as the cells read it, p > 1/2 as p - 1.
+    """
     shape = (directions, *x.shape[:-1])
     if training:
         # One byte each: they wait for backward.
         drawn = [x.new_empty((*shape, hidden), dtype=torch.bool).bernoulli_(p) for p in of_each]
         return drawn[0] if len(drawn) == 1 else torch.cat(drawn, -1)
-    expected = torch.cat([x.new_full((hidden,), p) for p in of_each])
+    # What 16 bits would make 0 may not be told by its sign any more.
+    limits = torch.finfo(x.dtype)
+    least = limits.smallest_normal * limits.eps
+    written = (p if p <= 0.5 else p - 1 if 1 - p >= least else 1.0 for p in of_each)
+    expected = torch.cat([x.new_full((hidden,), p, dtype=wide(x.dtype)) for p in written])
     return expected.expand(*shape, -1)

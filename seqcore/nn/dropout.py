@@ -11,7 +11,8 @@ class LockedDropout(nn.Module):
     """Locked (variational) dropout: one mask per sequence and feature, the same at every step, drawn anew each call.
 
     Before, between and after recurrent modules; ``locked=True`` of ``seqcore.nn.LSTM`` and its siblings is the same
-    between a module's own layers.
+    between a module's own layers. Within the recurrence nothing is dropped: for AWD-LSTM's DropConnect, parametrize
+    the recurrent weights, ``torch.nn.utils.parametrize.register_parametrization(lstm, "weight_hh_l0", Dropout(p))``.
 
     Args:
         p: probability of a feature to be zeroed; the others are scaled by 1 / (1 - p). In evaluation nothing changes.
@@ -20,7 +21,8 @@ class LockedDropout(nn.Module):
     Raises:
         InvalidInput: for a p outside 0 … 1.
 
-    Source: Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016).
+    Source: Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016);
+    Merity et al., "Regularizing and Optimizing LSTM Language Models" (2018), AWD-LSTM, for the name.
     """
 
     def __init__(self, p: float = 0.5, batch_first: bool = False) -> None:

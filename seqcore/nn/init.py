@@ -18,7 +18,8 @@ def orthogonal_recurrent_(
 ) -> nn.Module:
     """Make the recurrent matrix of every gate ``gain`` times a random orthogonal one: W W^T = gain² 1.
 
-    Then neither the state nor its gradient shrinks or grows in the product of a step.
+    With a gain of 1 each gate's own product W h keeps the length of h, and W^T that of a gradient; activations, and the
+    sum of all gates' gradients, still change lengths.
 
     Args:
         module: RNN, GRU, LSTM or a Cell of these, of ``seqcore.nn`` or ``torch.nn``; all its layers and directions.

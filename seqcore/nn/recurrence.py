@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
 from ..backends import check_backend
-from ..functional.zoneout import Zoneout
+from ..cells import find
+from ..functional.dropout import check_locked
+from ..functional.zoneout import Zoneout, probabilities
 from .scripting import NotScriptable
 
 _BEYOND_TORCH = ("blocks", "grad_clip", "recompute", "locked", "zoneout", "backend")
@@ -42,6 +44,9 @@ class _Recurrent(NotScriptable, nn.RNNBase):
         if backend is not None:
             check_backend(backend)
         super().__init__(mode, *args, **kwargs)
+        name = mode.partition("_")[0]
+        check_locked(name, locked)
+        probabilities(name, find(mode.lower()), zoneout, projected=self.proj_size > 0)
         self.backend, self.grad_clip, self.recompute = backend, grad_clip, recompute
         self.locked, self.zoneout = locked, zoneout
         if blocks != 1:
@@ -98,7 +103,8 @@ class RNN(_Recurrent):
             ``weight_hh_l*`` being [1, N, H/N, H/N].
         grad_clip: bound on each element of the gates' gradients, at every step, inside the backward.
         recompute: keep only y for backward and make the gates again there, which saves memory.
-        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps (Gal & Ghahramani, 2016).
+        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps (Gal & Ghahramani, 2016);
+            without effect where there is no ``dropout``, or one layer.
         zoneout: probability of each unit to keep its state in a step; its expectation in evaluation (Krueger et al.,
             2017).
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
@@ -144,7 +150,8 @@ class GRU(_Recurrent):
             ``weight_hh_l*`` being [3, N, H/N, H/N].
         grad_clip: bound on each element of the gates' gradients, at every step, inside the backward.
         recompute: keep only y for backward and make the gates again there, which saves memory.
-        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps (Gal & Ghahramani, 2016).
+        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps (Gal & Ghahramani, 2016);
+            without effect where there is no ``dropout``, or one layer.
         zoneout: probability of each unit to keep its state in a step; its expectation in evaluation (Krueger et al.,
             2017).
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.
@@ -180,7 +187,8 @@ class LSTM(_Recurrent):
             ``weight_hh_l*`` being [4, N, H/N, H/N].
         grad_clip: bound on each element of the gates' gradients, at every step, inside the backward.
         recompute: keep only y and c for backward and make the gates again there, which saves memory.
-        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps (Gal & Ghahramani, 2016).
+        locked: draw one mask of ``dropout`` per sequence and feature, for all time steps (Gal & Ghahramani, 2016);
+            without effect where there is no ``dropout``, or one layer.
         zoneout: probability of each unit to keep h, and c, in a step, or a pair of probabilities (h, c); their
             expectation in evaluation (Krueger et al., 2017). Not with ``proj_size``.
         backend: "triton", "aten", "reference" or "auto"; None follows ``seqcore.use_backend``.

@@ -65,23 +65,29 @@ def lstm_backward(saved: Tensors, state: Tensors, new_state: Tensors, dstate: Te
 
 # Zoneout around each of these, each state of a step being keep * old + (1 - keep) * new: Krueger et al., "Zoneout:
 # Regularizing RNNs by Randomly Preserving Hidden Activations" (2017). ``keep`` stands behind the gates in ``x_gates``,
-# a tensor for each state: zeros and ones in training, their expectation in evaluation. The h that an LSTM computes is
-# made of the c that it computes, kept or not.
+# a tensor for each state: zeros and ones in training, the expectation p in evaluation, where p > 1/2 is written p - 1,
+# so that 1 - p survives 16 bits. The h that an LSTM computes is made of the c that it computes, kept or not.
+
+
+def _computed_share(keep: Tensor) -> Tensor:
+    return torch.where(keep < 0, -keep, 1 - keep)
 
 
 def _zoned(step: Step, x_gates: Tensors, h_gates: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
     keep = x_gates[len(h_gates) :]
     computed, saved = step(x_gates[: len(h_gates)], h_gates, state)
-    mixed = tuple(k * old + (1 - k) * new for k, old, new in zip(keep, state, computed, strict=True))
+    shares = map(_computed_share, keep)
+    mixed = tuple((1 - s) * old + s * new for s, old, new in zip(shares, state, computed, strict=True))
     return mixed, (*saved, *computed[1:], *keep)
 
 
 def _zoned_backward(step_backward, saved: Tensors, state: Tensors, new_state: Tensors, dstate: Tensors):
     states = len(state)
     keep, computed, saved = saved[-states:], saved[1 - 2 * states : -states], saved[: 1 - 2 * states]
-    into = tuple((1 - k) * d for k, d in zip(keep, dstate, strict=True))
+    shares = [_computed_share(k) for k in keep]
+    into = tuple(s * d for s, d in zip(shares, dstate, strict=True))
     dx_gates, dh_gates, through = step_backward(saved, state, (new_state[0], *computed), into)
-    return dx_gates, dh_gates, tuple(t + k * d for t, k, d in zip(through, keep, dstate, strict=True))
+    return dx_gates, dh_gates, tuple(t + (1 - s) * d for t, s, d in zip(through, shares, dstate, strict=True))
 
 
 def rnn_tanh_zoneout(x_gates: Tensors, h_gates: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
