@@ -3,7 +3,7 @@
 import random
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,14 +21,25 @@ class Corpus:
     train: Tensor
     held_out: Tensor
     alphabet: bytes
+    # Of what each part is put together, where it is no whole: excerpts lie within one.
+    piece: int = 0
 
     def batch(self, T: int, B: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Random excerpts and what follows each of their characters, [T, B] both."""
         text = self.held_out if held_out else self.train
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(len(text) - T, (B,), generator=generator)
+        starts = torch.randint((self.piece or len(text)) - T, (B,), generator=generator)
+        if self.piece:
+            starts += self.piece * torch.randint(len(text) // self.piece, (B,), generator=generator)
         excerpts = text[torch.arange(T + 1)[:, None] + starts]
         return excerpts[:-1], excerpts[1:]
+
+    def scattered(self, piece: int, every: int) -> "Corpus":
+        """Of pieces of so many bytes each n-th to train on, all others held out: both from all over the text."""
+        text = torch.cat([self.train, self.held_out])
+        pieces = text[: len(text) // piece * piece].view(-1, piece)
+        trained = torch.arange(len(pieces)) % every == 0
+        return replace(self, train=pieces[trained].flatten(), held_out=pieces[~trained].flatten(), piece=piece)
 
 
 def load_corpus(path: str | Path | None, limit: int) -> Corpus:

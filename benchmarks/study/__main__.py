@@ -4,18 +4,19 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-from benchmarks.environment import ROOT, busy_cores, environment, key
+from benchmarks.environment import ROOT, cpu_name, environment, key
 from benchmarks.study import report
 from benchmarks.study.experiment import Row
 from benchmarks.study.experiments import NAMES, load
 from benchmarks.study.progress import Progress
 from benchmarks.study.run import KIND, SETTINGS, Setting, Task, default_jobs, run, tasks_of
-from seqcore.journal import Journal
+from seqcore.journal import Journal, forget
 
 JOURNAL = "journal.jsonl"
 
@@ -26,10 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
         return show(options.out)
     setting, path = SETTINGS[options.sizes], options.out / JOURNAL
     if not options.resume:
-        path.unlink(missing_ok=True)
-    journal = Journal(path, key(setting.device, setting.sizes, setting.backend), KIND)
-    # Before anything here keeps the cores busy.
-    machine = {**environment(setting.device), "busy_cores_at_start": busy_cores()}
+        # What other experiments have finished stays, to be gone on from.
+        forget(path, lambda kind, name: kind == KIND and name.split(" ")[0] in options.names)
+    conditions = setting.sizes, setting.backend, cpu_name()
+    journal = Journal(path, key(setting.device, *conditions), KIND)
+    if options.resume and not journal.done:
+        print(f"Nothing of these sources, sizes and machine in {path}: begins anew.", flush=True)
+    machine = environment(setting.device)
     jobs = options.jobs or default_jobs(setting)
     try:
         failed = measure_all(options.names, setting, journal, jobs, options.out, machine)
@@ -49,9 +53,6 @@ def measure_all(
     every = [task for found in tasks.values() for task in found]
     failed: list[tuple[Task, Exception]] = []
     left = {name: {task.name for task in found if task.name not in journal} for name, found in tasks.items()}
-    for name in names:
-        # What an earlier run found must not be taken for this one's.
-        (out / f"{name}.json").unlink(missing_ok=True)
     with Progress(len(every), sum(task.name in journal for task in every)) as progress:
         for name in [name for name in names if not left[name]]:
             keep(name, tasks[name], setting, journal, out, machine)
@@ -67,39 +68,50 @@ def measure_all(
 
 
 def keep(name: str, tasks: list[Task], setting: Setting, journal: Journal, out: Path, machine: dict) -> None:
-    """Write the experiment's file: its rows in the order of its cases, its verdicts, and where it was measured."""
+    """Write the experiment's file: its rows in the order of its cases, its verdicts, how and where it was measured."""
     rows: list[Row] = [journal.done[task.name] for task in tasks if task.name in journal]
     if not rows:
         return
     experiment = load(name)
-    verdicts = [
-        {"claim": each.claim, "holds": each.holds, "sentence": each.sentence} for each in experiment.verdicts(rows)
-    ]
+    sizes = experiment.SIZES[setting.sizes]
     data = {
         "experiment": name,
         "sizes": setting.sizes,
+        "parameters": asdict(sizes),
+        "how": experiment.how(sizes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "machine": machine,
-        "verdicts": verdicts,
+        "verdicts": verdicts_of(name, rows),
     }
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
     text = json.dumps(data, indent=1, allow_nan=False).rstrip("}\n") + f',\n "rows": [\n{lines}\n ]\n}}\n'
     (out / f"{name}.json").write_text(text, encoding="utf-8")
 
 
+def verdicts_of(name: str, rows: list[Row]) -> list[dict]:
+    """As JSON holds them; none where the rows cannot be judged, which the report then says."""
+    try:
+        return [asdict(verdict) for verdict in load(name).verdicts(rows)]
+    except Exception:
+        return []
+
+
 def show(out: Path) -> int:
     try:
-        written = report.write(out)
+        sections, written = report.write(out)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    for study in report.read(out):
-        print(f"\n{load(study.name).TITLE}")
-        for verdict in study.verdicts():
+    for section in sections:
+        print(f"\n{section.title}")
+        for verdict in section.verdicts:
             print(f"  {report.MARKS[verdict.holds]} {verdict.claim} {verdict.sentence}")
     print("\nWritten:\n" + "\n".join(f"  {path}" for path in written))
-    return 0
+    broken = [section for section in sections if section.error]
+    for section in broken:
+        print(f"FAILED to report {section.study.name}: {section.error}", file=sys.stderr)
+    return int(bool(broken))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

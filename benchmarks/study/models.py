@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,22 @@ ATTENTION_LAYERS = 2
 def causal_mask(T: int, device: torch.device | str) -> Tensor:
     """torch.nn's: True where a position may not look."""
     return torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
+
+
+def has_library_layers(device: str) -> bool:
+    """Whether torch has an LSTM in one operator, oneDNN's, but runs its RNN and GRU as loops over steps."""
+    return device == "cpu" and torch.backends.mkldnn.is_available()
+
+
+@contextmanager
+def loop() -> Iterator[None]:
+    """In it torch on a CPU runs all recurrent layers as its own loop, so that they are alike but for their cell."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def transformer_layers(width: int, layers: int, heads: int) -> nn.TransformerEncoder:

@@ -1,6 +1,7 @@
 """Small Transformers of the three kinds, of torch.nn's layers on seqcore's attention, and a task for each kind."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -13,9 +14,11 @@ from benchmarks.study.training import Batch
 from seqcore.nn import SinusoidalPositions
 
 ENCODER, DECODER, BOTH = "encoder-only", "decoder-only", "encoder-decoder"
-# The same layers under the other mask, on the same task.
+# Their rivals, on the same task: the same layers under the other mask, or with nothing to read in the source.
 BLIND, CHEATING = "encoder-only, causal mask", "decoder-only, no mask"
-MODELS = (ENCODER, BLIND, DECODER, CHEATING, BOTH)
+SOURCELESS = "encoder-decoder, source hidden"
+RIVALS = {ENCODER: BLIND, DECODER: CHEATING, BOTH: SOURCELESS}
+MODELS = tuple(model for pair in RIVALS.items() for model in pair)
 
 
 class Shape(Protocol):
@@ -95,6 +98,12 @@ def sorting(symbols: int, T: int, B: int, device: str, *seeds: int) -> Batch:
     return Batch((source, begun(target, symbols)), target)
 
 
+def without_source(batch: Batch) -> Batch:
+    """The same with each token of the source hidden; what stands for the beginning stands for that too."""
+    source, given = batch.x
+    return replace(batch, x=(given[:1].expand_as(source), given))
+
+
 def begun(target: Tensor, symbols: int) -> Tensor:
     """What a decoder is given: a beginning, and all but the last of what it is to put out."""
     return torch.cat([torch.full_like(target[:1], symbols), target[:-1]])
@@ -109,7 +118,7 @@ def kind_of(model: str) -> str:
 
 
 def make(model: str, shape: Shape) -> nn.Module:
-    body = EncoderDecoder(shape) if model == BOTH else Stack(shape, causal=model in (BLIND, DECODER))
+    body = EncoderDecoder(shape) if kind_of(model) == BOTH else Stack(shape, causal=model in (BLIND, DECODER))
     seqcore.replace(body)
     return body
 

@@ -11,7 +11,7 @@ from benchmarks.models import count_parameters
 from benchmarks.reporting.plot_kit import FAINT, name_ends, panels
 from benchmarks.reporting.tables import table as markdown
 from benchmarks.study.drawing import VARIANTS, line
-from benchmarks.study.experiment import Case, Row, Spread, Verdict, order_of, select, spread
+from benchmarks.study.experiment import Case, Row, Spread, Verdict, beyond, order_of, select, spread
 from benchmarks.study.tasks import generator
 from benchmarks.study.training import Batch, Trainer
 from seqcore.functional import attention
@@ -24,8 +24,8 @@ QUESTION = (
 )
 ALONE = False
 
-WITHOUT, WITH = "without attention", "with attention"
-CONTEXTS = (WITHOUT, WITH)
+WITHOUT, WIDE, WITH = "without attention", "without attention, wide", "with attention"
+CONTEXTS = (WITHOUT, WIDE, WITH)
 # What counts as translated, and a fall in accuracy that matters.
 GOOD, MATTERS = 0.9, 0.1
 # Seeds of what is asked after training, which no training batch has.
@@ -39,6 +39,8 @@ class Sizes:
     symbols: int
     lengths: tuple[int, ...]
     width: int
+    # Of the wide model, whose vector holds more.
+    wide: int
     B: int
     steps: int
     repeats: int
@@ -47,9 +49,9 @@ class Sizes:
 
 
 SIZES = {
-    "tiny": Sizes(4, (2, 3, 4), 16, 8, 8, 2, 1e-2, 16),
-    "cpu": Sizes(16, (4, 8, 12, 16, 20), 64, 48, 800, 3, 5e-3, 128),
-    "gpu": Sizes(64, (8, 16, 32, 48, 64, 96, 128), 256, 128, 6000, 5, 1e-3, 512),
+    "tiny": Sizes(4, (2, 3, 4), 16, 24, 8, 8, 2, 1e-2, 16),
+    "cpu": Sizes(16, (4, 8, 12, 16, 20), 64, 112, 48, 800, 3, 5e-3, 128),
+    "gpu": Sizes(64, (8, 16, 32, 48, 64, 96, 128), 256, 512, 128, 6000, 5, 1e-3, 512),
 }
 
 
@@ -122,7 +124,8 @@ def how(sizes: Sizes) -> str:
         "replaced by another, always the same. One LSTM encodes, one decodes and begins with the encoder's last state; "
         f"both are {sizes.width} wide. At every step the decoder's output comes from its own state and a context: "
         "without attention the encoder's last state, with attention an average of all its states, weighed by their "
-        "products with the decoder's state. So both have the very same parameters. They train for "
+        "products with the decoder's state. So both have the very same parameters. A third, without attention, is "
+        f"{sizes.wide} wide, and its vector with it. They train for "
         f"{sizes.steps:,} steps of {sizes.B} sentences of 1 to {max(sizes.lengths)} symbols in one padded batch (the "
         "longer of two lengths drawn at random, so that long ones are no rarity), the decoder being given the right "
         f"symbols; Adam at {sizes.learning_rate:g}, a tenth of that in the last quarter. Then they "
@@ -137,7 +140,8 @@ def cases(sizes: Sizes) -> list[Case]:
 
 def measure(case: Case, sizes: Sizes, device: str) -> Row:
     torch.manual_seed(case["seed"])
-    model = Translator(sizes.symbols, sizes.width, attends=case["context"] == WITH).to(device)
+    width = sizes.wide if case["context"] == WIDE else sizes.width
+    model = Translator(sizes.symbols, width, attends=case["context"] == WITH).to(device)
     longest = max(sizes.lengths)
 
     def draw(step: int) -> Batch:
@@ -153,9 +157,11 @@ def measure(case: Case, sizes: Sizes, device: str) -> Row:
     trainer.run(last)
     right = []
     for length in sizes.lengths:
-        batch = draw_batch(sizes.symbols, torch.full((sizes.asked,), length, device=device), ASKED, length)
+        lengths = torch.full((sizes.asked,), length, device=device)
+        batch = draw_batch(sizes.symbols, lengths, ASKED, case["seed"], length)
         right.append(model.translate(batch.x) == batch.target)
     return {
+        "width": width,
         "parameters": count_parameters(model),
         "chance": 1 / sizes.symbols,
         "lengths": list(sizes.lengths),
@@ -176,35 +182,54 @@ def falls(rows: list[Row], context: str) -> Spread:
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
-    return [_squeezed(rows), _relieved(rows)]
+    return [_squeezed(rows), _widened(rows), _relieved(rows)]
+
+
+def _learned(rows: list[Row], context: str) -> bool:
+    """The shortest sentences, in every repeat."""
+    return spread(over_repeats(rows, context)[0][1]).low >= GOOD
+
+
+UNLEARNED = " Not every repeat learned even the shortest, so this cannot tell."
 
 
 def _squeezed(rows: list[Row]) -> Verdict:
-    fall, shortest = falls(rows, WITHOUT), spread(over_repeats(rows, WITHOUT)[0][1])
-    holds = None
-    if shortest.low >= GOOD:
-        holds = order_of(fall, Spread(MATTERS, MATTERS, MATTERS, 1))
-    learned = "" if shortest.low >= GOOD else " Not every repeat learned even the shortest, so this cannot tell."
+    learned = _learned(rows, WITHOUT)
     return Verdict(
         "A seq2seq encoder squeezes a whole sentence into one vector: the longer the sentence, the more is lost.",
-        holds,
-        f"{_described(rows, WITHOUT)}{learned}",
+        beyond(falls(rows, WITHOUT), MATTERS) if learned else None,
+        f"{_described(rows, WITHOUT)} Whether the vector is too small or training too short, a wider one tells "
+        f"in part.{'' if learned else UNLEARNED}",
+    )
+
+
+def _widened(rows: list[Row]) -> Verdict:
+    narrow, wide = (falls(rows, context) for context in (WITHOUT, WIDE))
+    # One that fell by nothing much has nothing to gain.
+    able = _learned(rows, WITHOUT) and _learned(rows, WIDE) and narrow.low > MATTERS
+    widths = [select(rows, context=context)[0]["width"] for context in (WITHOUT, WIDE)]
+    return Verdict(
+        "What is lost is lost for want of room: a wider vector loses less.",
+        order_of(narrow, wide) if able else None,
+        f"From the shortest sentences to the longest accuracy falls by {_points(narrow)} percentage points with a "
+        f"vector {widths[0]} wide and by {_points(wide)} with one {widths[1]} wide, after as many updates. "
+        f"{_described(rows, WIDE)} A wider model may also learn faster, which this does not part."
+        f"{'' if able else ' Where one has not learned, or too little is lost, this cannot tell.'}",
     )
 
 
 def _relieved(rows: list[Row]) -> Verdict:
     without, with_ = falls(rows, WITHOUT), falls(rows, WITH)
-    squeezed, learned = without.low > MATTERS, spread(over_repeats(rows, WITH)[0][1]).low >= GOOD
-    holds = order_of(without, with_) if learned and squeezed else None
-    why_not = " Not every repeat learned even the shortest with attention, so this cannot tell."
+    squeezed, learned = without.low > MATTERS, _learned(rows, WITH)
+    why_not = UNLEARNED
     if learned:
         why_not = "" if squeezed else f" With less than {100 * MATTERS:.0f} to relieve, this cannot tell."
     return Verdict(
         "Attention relieves that bottleneck.",
-        holds,
+        order_of(without, with_) if learned and squeezed else None,
         f"{_described(rows, WITH)} From the shortest sentences to the longest accuracy falls by {_points(with_)} "
-        f"percentage points with attention and by {_points(without)} without, at {rows[0]['parameters']:,} parameters "
-        f"each.{why_not}",
+        f"percentage points with attention and by {_points(without)} without, at "
+        f"{select(rows, context=WITH)[0]['parameters']:,} parameters each.{why_not}",
     )
 
 
@@ -212,11 +237,10 @@ def _described(rows: list[Row], context: str) -> str:
     points = [(length, spread(samples)) for length, samples in over_repeats(rows, context)]
     (first, at_first), (last, at_last) = points[0], points[-1]
     below = next((length for length, each in points if each.median < GOOD), None)
-    where = f"the median is {'nowhere ' if below is None else ''}below {GOOD:.0%}"
-    where += "" if below is None else f" from {below} symbols on"
+    where = f"nowhere below {GOOD:.0%}" if below is None else f"first below {GOOD:.0%} at {below} symbols"
     return (
         f"{context.capitalize()} {_share(at_first)} of the symbols are right in sentences of {first}, "
-        f"{_share(at_last)} in sentences of {last}; {where} (chance is {rows[0]['chance']:.0%})."
+        f"{_share(at_last)} in sentences of {last}; the median is {where} (chance is {rows[0]['chance']:.0%})."
     )
 
 

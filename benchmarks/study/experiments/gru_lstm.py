@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.models import count_parameters
-from benchmarks.reporting.plot_kit import plain_y, plt
+from benchmarks.reporting.plot_kit import FAINT, plain_y, plt
 from benchmarks.reporting.tables import table as markdown
 from benchmarks.study.drawing import VARIANTS, line, repeats
 from benchmarks.study.experiment import Case, Row, Spread, Verdict, all_of, order_of, select, spread
-from benchmarks.study.models import SequenceModel, width_for
+from benchmarks.study.models import SequenceModel, has_library_layers, loop, width_for
 from benchmarks.study.training import Batch, Trainer
 from benchmarks.text import Corpus, load_corpus
 from seqcore.clock import Stopwatch, percentile
@@ -61,7 +61,9 @@ def how(sizes: Sizes) -> str:
         f"{sizes.T} characters, the same for all three, {sizes.repeats} repeats with other weights and excerpts. "
         f"Every {sizes.evaluate_every} steps the loss on {sizes.asked} excerpts of text that is never trained on. "
         "Nothing else runs; what a step takes is the median over all steps, and that times their number are the "
-        "seconds. The layer alone, forward and backward, is timed apart."
+        "seconds. The layer alone, forward and backward, is timed apart. On a CPU torch's LSTM is one operator of "
+        f"oneDNN where its GRU is a loop over steps: there {TIMED_ROUNDS} steps more, and the layer, are timed with "
+        "all of them as that loop (without oneDNN), and cells are judged by these times."
     )
 
 
@@ -100,20 +102,31 @@ def measure(case: Case, sizes: Sizes, device: str) -> Row:
         if step % sizes.evaluate_every == 0:
             curve.append(trainer.evaluate(held_out)["loss"])
         if step < sizes.steps:
-            begin = time.perf_counter()
-            # Waits for the device, since it asks for the loss.
-            trainer.step()
-            step_ms.append((time.perf_counter() - begin) * 1e3)
-    layer = model.body
+            step_ms.append(_wall_ms(trainer.step))
+    layer, alike = model.body, {"loop_layer_ms": None, "loop_step_ms": None}
+    own_ms = layer_ms(layer, sizes, device)
+    if has_library_layers(device):
+        with loop():
+            again = [_wall_ms(trainer.step) for _ in range(TIMED_ROUNDS)]
+            alike = {"loop_layer_ms": layer_ms(layer, sizes, device), "loop_step_ms": percentile(again, 50)}
     return {
         "width": layer.hidden_size,
         "parameters": count_parameters(model),
         "layer_parameters": count_parameters(layer),
-        "layer_ms": layer_ms(layer, sizes, device),
+        # As torch runs them here, and as its loop over steps where that is another way.
+        "layer_ms": own_ms,
         "step_ms": percentile(step_ms, 50),
+        **alike,
         "every": sizes.evaluate_every,
         "loss": curve,
     }
+
+
+def _wall_ms(step: Callable[[], None]) -> float:
+    """Of a training step, which waits for the device since it asks for the loss."""
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def layer_ms(layer: torch.nn.Module, sizes: Sizes, device: str) -> float:
@@ -138,16 +151,31 @@ def steps_to(loss: float, row: Row) -> float | None:
     return None
 
 
-def loss_after(seconds: float, row: Row) -> float:
-    """The held-out loss after that long, interpolated; the last one if training ended sooner."""
-    place = min(seconds / (row["step_ms"] / 1e3 * row["every"]), len(row["loss"]) - 1)
+def like(rows: list[Row], model: str, key: str) -> Spread:
+    """``key``, "layer_ms" or "step_ms", where all cells run alike."""
+    return of(rows, model, key if ran_alike(rows) else f"loop_{key}")
+
+
+def ran_alike(rows: list[Row]) -> bool:
+    """Whether torch itself runs both cells in the same way."""
+    return rows[0]["loop_step_ms"] is None
+
+
+def step_seconds(rows: list[Row], alike: bool) -> dict[str, float]:
+    """Of each model what a step takes, the median over repeats."""
+    times = like if alike else of
+    return {model: times(rows, model, "step_ms").median / 1e3 for model in MODELS}
+
+
+def loss_after(seconds: float, row: Row, step: float) -> float:
+    """The held-out loss after that long at so many seconds a step, interpolated; the last one if all is done sooner."""
+    place = min(seconds / (step * row["every"]), len(row["loss"]) - 1)
     i = min(int(place), len(row["loss"]) - 2)
     return row["loss"][i] + (place - i) * (row["loss"][i + 1] - row["loss"][i])
 
 
-def seconds(row: Row) -> float:
-    """That all of its training steps took."""
-    return row["step_ms"] / 1e3 * row["every"] * (len(row["loss"]) - 1)
+def steps_of(row: Row) -> int:
+    return row["every"] * (len(row["loss"]) - 1)
 
 
 def of(rows: list[Row], model: str, key: str) -> Spread:
@@ -169,16 +197,32 @@ def _fewer(rows: list[Row]) -> Verdict:
 
 
 def _cheaper(rows: list[Row]) -> Verdict:
-    times = {model: of(rows, model, "layer_ms") for model in MODELS}
-    ratios = {model: times[model].median / times[LSTM].median for model in (GRU, LARGER_GRU)}
+    times = {model: like(rows, model, "layer_ms") for model in MODELS}
     gates = of(rows, GRU, "layer_parameters").median / of(rows, LSTM, "layer_parameters").median
+    here = ""
+    if not ran_alike(rows):
+        own = {model: of(rows, model, "layer_ms") for model in MODELS}
+        here = (
+            f" As torch runs them here, the LSTM as one operator, the GRU as a loop: {own[LSTM]} ms and {own[GRU]} ms, "
+            f"{over(rows, GRU, of)} times that."
+        )
     return Verdict(
         "A GRU is cheaper to compute.",
         order_of(times[LSTM], times[GRU]),
-        f"Forward and backward, the LSTM takes {times[LSTM]} ms, the GRU as wide {times[GRU]} ms: {ratios[GRU]:.2f} "
-        f"times that, where its weights say {gates:.2f}. A GRU with as many parameters takes {times[LARGER_GRU]} ms, "
-        f"{ratios[LARGER_GRU]:.2f} times that.",
+        f"Forward and backward{_as_loops(rows)}, the LSTM takes {times[LSTM]} ms, the GRU as wide {times[GRU]} ms: "
+        f"{over(rows, GRU)} times that, where its weights say {gates:.2f}. A GRU with as many parameters takes "
+        f"{times[LARGER_GRU]} ms, {over(rows, LARGER_GRU)} times that.{here}",
     )
+
+
+def over(rows: list[Row], model: str, times: Callable[..., Spread] = like) -> str:
+    """How many times the LSTM's the layer's time is, repeat by repeat."""
+    pairs = zip(times(rows, model, "layer_ms").values, times(rows, LSTM, "layer_ms").values, strict=True)
+    return spread(mine / its for mine, its in pairs).text("{:.2f}".format)
+
+
+def _as_loops(rows: list[Row]) -> str:
+    return "" if ran_alike(rows) else ", all as torch's loop over steps"
 
 
 def _slower_in_steps(rows: list[Row]) -> Verdict:
@@ -188,24 +232,38 @@ def _slower_in_steps(rows: list[Row]) -> Verdict:
     last = {model: spread(row["loss"][-1] for row in select(rows, model=model)) for model in MODELS}
     form = "{:,.0f}".format
     text = ", the ".join(f"{model} {needed[model].text(form)} steps" for model in MODELS)
-    losses = ", ".join(f"{last[model].text('{:.2f}'.format)} ({model})" for model in MODELS)
-    total = rows[0]["every"] * (len(rows[0]["loss"]) - 1)
     return Verdict(
         "A GRU converges more slowly, counted in steps.",
         all_of([order_of(needed[model], needed[LSTM]) for model in (GRU, LARGER_GRU)]),
-        f"To a held-out loss of {goal:.2f} nats a character the {text}. After {total:,} steps it is {losses}.",
+        f"To a held-out loss of {goal:.2f} nats a character the {text}. After {steps_of(rows[0]):,} steps it is "
+        f"{_losses(last)}.",
     )
 
 
 def _worse_in_time(rows: list[Row]) -> Verdict:
-    budget = min(seconds(row) for row in rows)
-    found = {model: spread(loss_after(budget, row) for row in select(rows, model=model)) for model in MODELS}
-    losses = ", ".join(f"{found[model].text('{:.2f}'.format)} ({model})" for model in MODELS)
+    budget, found = after_equal_time(rows, alike=True)
+    here = ""
+    if not ran_alike(rows):
+        own_budget, own = after_equal_time(rows, alike=False)
+        here = f" As torch runs them here, after {own_budget:.3g} s: {_losses(own)}."
     return Verdict(
         "What a GRU saves on each step, it gives back by converging more slowly: after equal time it is behind.",
         all_of([order_of(found[model], found[LSTM]) for model in (GRU, LARGER_GRU)]),
-        f"After {budget:.3g} s of training, which the fastest needed for all its steps, the held-out loss is {losses}.",
+        f"After {budget:.3g} s of training{_as_loops(rows)}, which the fastest needs for all its steps, the held-out "
+        f"loss is {_losses(found)}.{here}",
     )
+
+
+def after_equal_time(rows: list[Row], alike: bool) -> tuple[float, dict[str, Spread]]:
+    """The seconds in which the fastest is done, and the losses that each model has reached by then."""
+    step = step_seconds(rows, alike)
+    budget = min(step.values()) * steps_of(rows[0])
+    reached = lambda model: (loss_after(budget, row, step[model]) for row in select(rows, model=model))
+    return budget, {model: spread(reached(model)) for model in MODELS}
+
+
+def _losses(found: dict[str, Spread]) -> str:
+    return ", ".join(f"{found[model].text('{:.2f}'.format)} ({model})" for model in MODELS)
 
 
 def draw(rows: list[Row]) -> tuple[Figure, str]:
@@ -214,21 +272,24 @@ def draw(rows: list[Row]) -> tuple[Figure, str]:
     )
     looks = dict(zip(MODELS, VARIANTS, strict=False))
     _curves(by_step, rows, looks, lambda row: row["every"])
-    every = {model: of(rows, model, "step_ms").median / 1e3 for model in MODELS}
-    _curves(by_second, rows, looks, lambda row: row["every"] * every[row["model"]])
+    each_step = step_seconds(rows, alike=True)
+    _curves(by_second, rows, looks, lambda row: row["every"] * each_step[row["model"]])
     by_step.set(title="Held-out loss over steps", xlabel="training steps", ylabel="nats a character")
     by_second.set(title="Held-out loss over time", xlabel="seconds of training", ylabel="nats a character")
     by_step.legend()
     for place, (model, look) in enumerate(looks.items()):
-        repeats(step, place, [row["step_ms"] for row in select(rows, model=model)], *look)
-    step.set(title="A training step", ylabel="ms", xlim=(-0.6, 2.6))
+        repeats(step, place, like(rows, model, "step_ms").values, *look)
+        if not ran_alike(rows):
+            repeats(step, place + 0.3, of(rows, model, "step_ms").values, FAINT, "x")
+    step.set(title="A training step", ylabel="ms", xlim=(-0.6, 2.8))
     step.set_ylim(bottom=0)
     step.set_xticks(range(len(MODELS)), [model.replace(" ", "\n") for model in MODELS])
     step.grid(axis="x", visible=False)
+    crosses = "" if ran_alike(rows) else " Times are those of torch's loop over steps; grey, as torch runs them here."
     return figure, (
         "Loss on text that is never trained on, over training steps and over the seconds they take (their number times "
         f"the median step): median of {len(select(rows, model=LSTM))} repeats, and their range. On the right what a "
-        "training step takes, update included; a point is a repeat, a bar their median."
+        f"training step takes, update included; a point is a repeat, a bar their median.{crosses}"
     )
 
 
@@ -249,7 +310,7 @@ def table(rows: list[Row]) -> str:
         [
             model,
             *(f"{of(rows, model, key).median:,.0f}" for key in ("width", "layer_parameters", "parameters")),
-            *(of(rows, model, key).text("{:.3g}".format) for key in ("layer_ms", "step_ms")),
+            *(str(times(rows, model, key)) for key in ("layer_ms", "step_ms") for times in (like, of)),
             spread(row["loss"][-1] for row in select(rows, model=model)).text("{:.3f}".format),
         ]
         for model in MODELS
@@ -259,8 +320,10 @@ def table(rows: list[Row]) -> str:
         "width",
         "layer's parameters",
         "all parameters",
-        "layer, ms",
-        "training step, ms",
+        "layer, all alike, ms",
+        "layer, as run here, ms",
+        "training step, all alike, ms",
+        "training step, as run here, ms",
         "loss at the end",
     ]
     return markdown(header, lines)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from benchmarks.reporting.fits import Fit, fit_power
 from benchmarks.reporting.plot_kit import STYLES, log_log, name_ends, plt
 from benchmarks.reporting.tables import table as markdown
 from benchmarks.study.drawing import line
-from benchmarks.study.experiment import Case, Row, Spread, Verdict, all_of, order_of, spread
+from benchmarks.study.experiment import Case, Row, Spread, Verdict, all_of, beyond, spread
 from benchmarks.study.models import BODIES, HEADS, RECURRENT, causal_mask
 from seqcore.clock import Stopwatch
 from seqcore.kernels.work import dependent_steps
@@ -33,6 +34,8 @@ PASSES = ("forward", "training")
 # Autograd's names for products of matrices.
 PRODUCTS = ("AddmmBackward", "MmBackward", "BmmBackward", "BaddbmmBackward")
 SENTENCE = 1000
+# Slopes that count as in proportion; as a square, at the end; and as on the way there, if they rise, by how much.
+PROPORTION, SQUARE, ON_THE_WAY, RISES = (0.85, 1.15), 1.75, 1.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Sizes:
 SIZES = {
     "tiny": Sizes((2, 4, 8, 16), 2, 8, 2, 1, 16),
     "cpu": Sizes((16, 32, 64, 128, 256, 512, 1024, 2048, 4096), 2, 64, 5, 2, 2048),
-    "gpu": Sizes((128, 256, 512, 1024, 2048, 4096, 8192, 16384), 16, 1024, 5, 4, 2048),
+    "gpu": Sizes((128, 256, 512, 1024, 2048, 4096, 8192), 8, 1024, 5, 4, 2048),
 }
 
 
@@ -59,10 +62,11 @@ def how(sizes: Sizes) -> str:
         f"One layer each of RNN, GRU, LSTM and causal attention ({heads(sizes.width)} heads, projections included), "
         f"{sizes.width} in and out, {sizes.B} sequences of {sizes.lengths[0]:,} to {sizes.lengths[-1]:,} tokens. "
         "Steps are counted in the graph that autograd records of plain PyTorch: the most products of matrices on any "
-        "way from the output back to the input. Times, in turns over the layers, are those of forward without "
-        f"gradients and of training, which is forward and backward, each the fastest of {sizes.turns} calls or more; "
-        f"{sizes.rounds} rounds. Over the larger half of the lengths T both T^a and e^(bT) are fitted to each round's "
-        "times, by least squares of the logarithm; R² tells which fits."
+        "way from the output back to the input. If fused, a recurrent layer first projects all inputs at "
+        "once and then takes T steps, and attention is three. Times, in turns over the layers, are those of forward "
+        "without gradients and of training, which is forward and backward, each the fastest of "
+        f"{sizes.turns} calls or more; {sizes.rounds} rounds. Over the larger half of the lengths T both T^a and "
+        "e^(bT) are fitted to each round's times, by least squares of the logarithm; R² tells which fits."
     )
 
 
@@ -171,11 +175,14 @@ def slope(rows: list[Row], pass_: str, op: str) -> Spread:
     return spread(fit.slope for fit in fits(rows, pass_, op))
 
 
-def last_slope(rows: list[Row], pass_: str, op: str) -> Spread:
-    """Between the two longest sequences."""
-    first, last = rows[0]["lengths"][-2:]
-    times = (row[pass_][op][-2:] for row in rows)
-    return spread(math.log(after / before) / math.log(last / first) for before, after in times)
+def last_slopes(rows: list[Row], pass_: str, op: str, pairs: int = 3) -> list[list[float]]:
+    """Of each round the slopes between neighbours among the longest sequences, ``pairs`` of them at most."""
+    lengths = rows[0]["lengths"][-pairs - 1 :]
+    found = []
+    for row in rows:
+        points = list(zip(lengths, row[pass_][op][-pairs - 1 :], strict=True))
+        found.append([math.log(b / a) / math.log(last / first) for (first, a), (last, b) in pairwise(points)])
+    return found
 
 
 def fit_qualities(rows: list[Row], op: str) -> tuple[list[float], list[float]]:
@@ -187,7 +194,7 @@ def fit_qualities(rows: list[Row], op: str) -> tuple[list[float], list[float]]:
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
-    return [_dependent(rows), _exponential(rows), _quadratic(rows)]
+    return [_dependent(rows), _exponential(rows), _proportional(rows), _quadratic(rows)]
 
 
 def _dependent(rows: list[Row]) -> Verdict:
@@ -212,7 +219,7 @@ def _at_last(rows: list[Row]) -> str:
     for op in BODIES:
         T, samples = over_rounds(rows, "training", op)[-1]
         ms = spread(samples)
-        texts.append(f"{NAMES[op]} {ms} ms, {1e3 * ms.median / T:.3g} µs a token")
+        texts.append(f"{NAMES[op]} {ms} ms, {spread(1e3 * each / T for each in samples)} µs a token")
     return f"Forward and backward of {rows[0]['B']} sequences of {T:,} take " + "; ".join(texts) + "."
 
 
@@ -225,7 +232,7 @@ def _exponential(rows: list[Row]) -> Verdict:
         power, exponential = fit_qualities(rows, op)
         # Round by round, as both are fitted to the same times.
         better = spread(b - a for a, b in zip(power, exponential, strict=True))
-        answers.append(order_of(better, Spread(0, 0, 0, 1)))
+        answers.append(beyond(better, 0))
         qualities = [spread(each).text("{:.3f}".format) for each in (power, exponential)]
         power_law = f"T^{slope(rows, 'training', op).text('{:.2f}'.format)}"
         texts.append(f"{NAMES[op]} as {power_law} (R² {qualities[0]}; as an exponential of T {qualities[1]})")
@@ -240,16 +247,58 @@ def _exponential(rows: list[Row]) -> Verdict:
 EXPONENTIAL = "Longer sequences take a recurrent layer exponentially longer to train."
 
 
-def _quadratic(rows: list[Row]) -> Verdict:
-    at_end = {pass_: last_slope(rows, pass_, "attention") for pass_ in PASSES}
-    between, (before, last) = Spread(1.5, 1.5, 1.5, 1), rows[0]["lengths"][-2:]
-    texts = ", ".join(f"T^{found.text('{:.2f}'.format)} {pass_}" for pass_, found in at_end.items())
+def _proportional(rows: list[Row]) -> Verdict:
+    least, most = PROPORTION
+    slopes = {pass_: {op: slope(rows, pass_, op) for op in RECURRENT} for pass_ in PASSES}
+    answers = [
+        answer for found in slopes["training"].values() for answer in (beyond(found, least), _not(beyond(found, most)))
+    ]
+    told = {
+        pass_: ", ".join(f"{NAMES[op]} T^{each.text('{:.2f}'.format)}" for op, each in found.items())
+        for pass_, found in slopes.items()
+    }
     return Verdict(
-        "Attention does all tokens at once, but its work grows with the square of their number.",
-        all_of([order_of(found, between) for found in at_end.values()]),
-        f"Between T = {before:,} and {last:,} attention's time grows as {texts}. Two is a square, one in "
-        "proportion, and projections, which are in proportion, make the more of it the shorter sequences are.",
+        "The time to train a recurrent layer grows in proportion to the length.",
+        all_of(answers),
+        f"Over the larger half of the lengths training takes: {told['training']}; forward alone: {told['forward']}. In "
+        f"proportion is T^1; {least:g} to {most:g} count as that. What a call costs at any length makes it less.",
     )
+
+
+def _not(answer: bool | None) -> bool | None:
+    return None if answer is None else not answer
+
+
+def _quadratic(rows: list[Row]) -> Verdict:
+    found = {pass_: last_slopes(rows, pass_, "attention") for pass_ in PASSES}
+    answers = {pass_: _square(slopes) for pass_, slopes in found.items()}
+    texts = []
+    for pass_, slopes in found.items():
+        each = ", ".join(f"T^{spread(place).text('{:.2f}'.format)}" for place in zip(*slopes, strict=True))
+        texts.append(f"{pass_} as {each}, {answers[pass_][1]}")
+    lengths = rows[0]["lengths"][-len(found["training"][0]) - 1 :]
+    return Verdict(
+        "Attention does all tokens at once, but its time tends to the square of their number.",
+        all_of([answer for answer, _ in answers.values()]),
+        f"From T = {' to '.join(f'{T:,}' for T in lengths)} attention's time grows {'; '.join(texts)}. Two is a "
+        "square, one in proportion, and projections, which are in proportion, make the more of it the shorter "
+        "sequences are.",
+    )
+
+
+def _square(slopes: list[list[float]]) -> tuple[bool | None, str]:
+    """Whether rounds' slopes, up to the longest sequences, are a square's or rise towards it, and that in words."""
+    last = spread(each[-1] for each in slopes)
+    medians = [spread(place).median for place in zip(*slopes, strict=True)]
+    rises = beyond(spread(each[-1] - each[0] for each in slopes), RISES) if len(medians) > 2 else False
+    rises = rises and medians == sorted(medians)
+    if beyond(last, SQUARE):
+        return True, f"at the end above {SQUARE:g}, a square"
+    if rises and beyond(last, ON_THE_WAY):
+        return True, f"rising and above {ON_THE_WAY:g}, so tending to a square"
+    if beyond(last, ON_THE_WAY) is False or (beyond(last, SQUARE) is False and rises is False):
+        return False, "neither near a square nor rising to it"
+    return None, "which rounds do not agree on"
 
 
 def draw(rows: list[Row]) -> tuple[Figure, str]:
@@ -285,5 +334,6 @@ def table(rows: list[Row]) -> str:
             steps = [f"{counted[T]:,}" if T in counted else "-", f"{rows[0]['steps'][op][i]:,}"]
             times = [str(each) for each in (spread(forward[i][1]), spread(samples), us)]
             lines.append([f"{NAMES[op]}, T = {T:,}", *steps, *times])
-    header = ["layer", "chain of products", "steps if fused", "forward, ms", "training, ms", "training, µs a token"]
+    fused = "steps if fused (input's projection + T)"
+    header = ["layer", "chain of products", fused, "forward, ms", "training, ms", "training, µs a token"]
     return markdown(header, lines)
