@@ -100,6 +100,11 @@ def spread(values: Iterable[float | None]) -> Spread:
     return Spread(tuple(value for value in values if value is not None))
 
 
+def finite(value: float) -> float | None:
+    """A number as rows hold it: None in place of infinity and NaN."""
+    return value if math.isfinite(value) else None
+
+
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """The rows with these values."""
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]

@@ -1,7 +1,6 @@
 """Runs cases: those that are timed alone, the others side by side in processes of one thread each."""
 
 import json
-import math
 import multiprocessing
 import os
 import threading
@@ -76,11 +75,6 @@ def measure(task: Task, setting: Setting) -> Row:
     row = {**task.case, **found, "seconds": round(time.perf_counter() - begin, 3)}
     json.dumps(row, allow_nan=False)
     return row
-
-
-def finite(value: float) -> float | None:
-    """A number as rows hold it: None in place of infinity and NaN."""
-    return value if math.isfinite(value) else None
 
 
 def usable_cores() -> int:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.study.run import finite
+from benchmarks.study.experiment import finite
+
 
 
 @dataclass(frozen=True)

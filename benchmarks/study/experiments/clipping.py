@@ -10,9 +10,8 @@ from torch import Tensor
 from benchmarks.reporting.plot_kit import PLAIN, panels
 from benchmarks.reporting.tables import table as markdown
 from benchmarks.study import drawing
-from benchmarks.study.experiment import Case, Row, Verdict, all_of, beyond, order_of, select, spread
+from benchmarks.study.experiment import Case, Row, Verdict, all_of, beyond, finite, order_of, select, spread
 from benchmarks.study.models import SequenceModel
-from benchmarks.study.run import finite
 from benchmarks.study.tasks import adding
 from benchmarks.study.training import Batch, Trainer, loss_of
 from seqcore.diagnostics import gradient_flow

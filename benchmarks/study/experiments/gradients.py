@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.study import gradient_pictures
-from benchmarks.study.experiment import Case, Row, Verdict, all_of, beyond, order_of, select, spread, values
+from benchmarks.study.experiment import Case, Row, Verdict, all_of, beyond, finite, order_of, select, spread, values
 from benchmarks.study.gradient_pictures import DEFAULTS, FAR, LAYERS, LONG, NONLINEARITIES, change, far, left, rates
 from benchmarks.study.models import RECURRENT, causal_mask
-from benchmarks.study.run import finite
 from benchmarks.study.sigmoid import SigmoidRNN
 from seqcore.diagnostics import gradient_flow, step_jacobians
 from seqcore.diagnostics.magnitude import DECADES
