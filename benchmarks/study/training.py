@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from benchmarks.study.experiment import finite
 
 
-
 @dataclass(frozen=True)
 class Batch:
     """Input, what should come out, and, for each [T, B] step that counts, True; all steps if None."""
