@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -71,12 +72,17 @@ def count_parameters(model: nn.Module) -> int:
 def choose_width(op: str, alphabet: int, sizes: ModelSizes) -> int:
     """The width, a multiple of 8 (for a Transformer of 4 for each head), nearest to the parameters asked for."""
 
+    build = lambda width: build_model("torch.nn", op, alphabet, width, sizes)
+    return nearest_width(build, sizes.parameters, 4 * sizes.heads if op == "transformer" else 8)
+
+
+def nearest_width(build: Callable[[int], nn.Module], parameters: int, step: int) -> int:
+    """The multiple of ``step`` at which what ``build`` makes has most nearly that many parameters, as a ratio."""
+
     def distance(width: int) -> float:
         with torch.device("meta"):
-            model = build_model("torch.nn", op, alphabet, width, sizes)
-        return abs(math.log(count_parameters(model) / sizes.parameters))
+            return abs(math.log(count_parameters(build(width)) / parameters))
 
-    step = 4 * sizes.heads if op == "transformer" else 8
     width = step
     while distance(width + step) < distance(width):
         width += step

@@ -94,6 +94,11 @@ class Spread:
             return form(self.median)
         return f"{form(self.median)} ({form(self.low)} to {form(self.high)})"
 
+    @property
+    def percent(self) -> str:
+        """As text, of shares of 1."""
+        return self.text("{:.0%}".format)
+
 
 def spread(values: Iterable[float | None]) -> Spread:
     """Of what is finite, None standing for what is not."""
@@ -103,6 +108,11 @@ def spread(values: Iterable[float | None]) -> Spread:
 def finite(value: float) -> float | None:
     """A number as rows hold it: None in place of infinity and NaN."""
     return value if math.isfinite(value) else None
+
+
+def thinned(last: int, points: int) -> list[int]:
+    """About so many of 0 … ``last``, evenly, both ends among them: what is kept of a long curve."""
+    return sorted({round(last * i / (points - 1)) for i in range(points)})
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:

@@ -1,7 +1,6 @@
 """The models that the experiments train: one body each, and of about equal size where they are compared."""
 
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import seqcore
-from benchmarks.models import count_parameters
+from benchmarks.models import nearest_width
 from seqcore.nn import GRU, LSTM, RNN, SinusoidalPositions
 
 RECURRENT = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
@@ -90,13 +89,5 @@ class SequenceModel(nn.Module):
 @functools.cache
 def width_for(op: str, inputs: int, outputs: int, parameters: int, alphabet: int = 0) -> int:
     """The width at which a ``SequenceModel`` has most nearly that many parameters; heads divide it."""
-
-    def distance(width: int) -> float:
-        with torch.device("meta"):
-            return abs(math.log(count_parameters(SequenceModel(op, inputs, outputs, width, alphabet)) / parameters))
-
-    step = 2 * HEADS if op == "attention" else 1
-    width = step
-    while distance(width + step) < distance(width):
-        width += step
-    return width
+    build = lambda width: SequenceModel(op, inputs, outputs, width, alphabet)
+    return nearest_width(build, parameters, 2 * HEADS if op == "attention" else 1)

@@ -239,13 +239,9 @@ def _described(rows: list[Row], context: str) -> str:
     below = next((length for length, each in points if each.median < GOOD), None)
     where = f"nowhere below {GOOD:.0%}" if below is None else f"first below {GOOD:.0%} at {below} symbols"
     return (
-        f"{context.capitalize()} {_share(at_first)} of the symbols are right in sentences of {first}, "
-        f"{_share(at_last)} in sentences of {last}; the median is {where} (chance is {rows[0]['chance']:.0%})."
+        f"{context.capitalize()} {at_first.percent} of the symbols are right in sentences of {first}, "
+        f"{at_last.percent} in sentences of {last}; the median is {where} (chance is {rows[0]['chance']:.0%})."
     )
-
-
-def _share(found: Spread) -> str:
-    return found.text("{:.0%}".format)
 
 
 def _points(found: Spread) -> str:
@@ -277,7 +273,7 @@ def draw(rows: list[Row]) -> tuple[Figure, str]:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        [context, f"{length}", _share(spread(accuracy)), _share(spread(whole))]
+        [context, f"{length}", spread(accuracy).percent, spread(whole).percent]
         for context in CONTEXTS
         for (length, accuracy), (_, whole) in zip(
             over_repeats(rows, context), over_repeats(rows, context, "whole"), strict=True

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.reporting.plot_kit import PLAIN, panels
 from benchmarks.reporting.tables import table as markdown
 from benchmarks.study import drawing
-from benchmarks.study.experiment import Case, Row, Verdict, all_of, beyond, finite, order_of, select, spread
+from benchmarks.study.experiment import Case, Row, Verdict, all_of, beyond, finite, order_of, select, spread, thinned
 from benchmarks.study.models import SequenceModel
 from benchmarks.study.tasks import adding
 from benchmarks.study.training import Batch, Trainer, loss_of
@@ -89,7 +89,7 @@ def measure(case: Case, sizes: Sizes, device: str) -> Row:
     before, alignment = _flow(model, held_out), _alignment(model, _model(sizes, seed, None).to(device), held_out)
     trainer.run(sizes.steps)
     after = _flow(model, held_out)
-    kept = sorted({round((len(trainer.losses) - 1) * i / (POINTS - 1)) for i in range(POINTS)})
+    kept = thinned(len(trainer.losses) - 1, POINTS)
     return {
         "loss": trainer.evaluate(held_out)["loss"],
         "updates": [1 + i for i in kept],

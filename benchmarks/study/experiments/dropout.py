@@ -13,6 +13,7 @@ from benchmarks.reporting.plot_kit import FAINT, name_ends, panels
 from benchmarks.reporting.tables import table as markdown
 from benchmarks.study import drawing
 from benchmarks.study.experiment import Case, Row, Spread, Verdict, all_of, beyond, order_of, select, spread
+from benchmarks.study.training import Batch, Trainer
 from benchmarks.text import Corpus, load_corpus
 from seqcore.functional import lstm_cell
 from seqcore.nn import LSTM, LockedDropout
@@ -136,27 +137,21 @@ def measure(case: Case, sizes: Sizes, device: str) -> Row:
     text, seed = corpus(sizes.text_bytes), case["seed"]
     torch.manual_seed(seed)
     model = Model(case["kind"], len(text.alphabet), sizes).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=sizes.learning_rate)
+
+    def draw_batch(seed: int, B: int = EVALUATED, held_out: bool = False) -> Batch:
+        characters, following = text.batch(sizes.T, B, seed, held_out)
+        return Batch(characters.to(device), following.to(device))
+
+    first = seed * sizes.steps + 1
+    trainer = Trainer(model, lambda step: draw_batch(first + step, sizes.B), sizes.learning_rate)
+    asked = {"train": draw_batch(TRAINING_SEED), "held_out": draw_batch(HELD_OUT_SEED, held_out=True)}
     every, found = max(1, sizes.steps // sizes.evaluations), {"updates": [], "train": [], "held_out": []}
-    for step in range(1, sizes.steps + 1):
-        loss = _loss(model, text, sizes, sizes.B, seed * sizes.steps + step, device)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % every == 0:
-            found["updates"].append(step)
-            model.eval()
-            with torch.no_grad():
-                found["train"].append(_loss(model, text, sizes, EVALUATED, TRAINING_SEED, device).item())
-                found["held_out"].append(_loss(model, text, sizes, EVALUATED, HELD_OUT_SEED, device, True).item())
-            model.train()
+    for updates in range(every, sizes.steps + 1, every):
+        trainer.run(every)
+        found["updates"].append(updates)
+        for name, batch in asked.items():
+            found[name].append(trainer.evaluate(batch)["loss"])
     return found
-
-
-def _loss(model: Model, text: Corpus, sizes: Sizes, B: int, seed: int, device: str, held_out: bool = False) -> Tensor:
-    characters, following = (part.to(device) for part in text.batch(sizes.T, B, seed, held_out))
-    return F.cross_entropy(model(characters).flatten(0, 1), following.flatten())
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:

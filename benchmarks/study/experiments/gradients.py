@@ -7,7 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.study import gradient_pictures
-from benchmarks.study.experiment import Case, Row, Verdict, all_of, beyond, finite, order_of, select, spread, values
+from benchmarks.study.experiment import (
+    Case,
+    Row,
+    Verdict,
+    all_of,
+    beyond,
+    finite,
+    order_of,
+    select,
+    spread,
+    thinned,
+    values,
+)
 from benchmarks.study.gradient_pictures import DEFAULTS, FAR, LAYERS, LONG, NONLINEARITIES, change, far, left, rates
 from benchmarks.study.models import RECURRENT, causal_mask
 from benchmarks.study.sigmoid import SigmoidRNN
@@ -118,7 +130,7 @@ def _of_layer(layer: str, H: int, x: Tensor):
 def _flow(flow) -> Row:
     norms = flow.norms.flip(0).tolist()
     last = len(norms) - 1
-    kept = sorted({round(last * i / (POINTS - 1)) for i in range(POINTS)} | {min(1, last), min(FAR, last)})
+    kept = sorted({*thinned(last, POINTS), min(1, last), min(FAR, last)})
     return {
         "rate": flow.rate,
         # Without the last step, which the loss is closest to.

@@ -174,6 +174,6 @@ def table(rows: list[Row]) -> str:
         lines.append(
             [name, f"{sum(row['solved'] for row in found)} of {len(found)}"]
             + [spread(row["updates"] for row in found).text("{:,.0f}".format)]
-            + [spread(row["accuracy"] for row in found).text("{:.0%}".format)]
+            + [spread(row["accuracy"] for row in found).percent]
         )
     return markdown(["initial weights", "seeds that solve it", "updates", "right at the end"], lines)

@@ -184,8 +184,8 @@ def _bandwidth(rows: list[Row]) -> Verdict:
         f"at a batch of {first['B']} and {intensity(last, 'lstm', 'streamed'):.3g} at {last['B']}; this machine's "
         f"ridge is at {ridge(rows):.3g}, so it leaves the memory-bound side {from_batch(where['streamed'])}, and with "
         f"weights held on the chip {from_batch(where['held'])}. Measured at a batch of {first['B']}, reading them at "
-        f"every step would be {_share(copied)} of a copy's rate, at {_share(multiplied)} of a large product's: {why}. "
-        f"It comes nearest to the product's at a batch of {best['B']}: {_share(share_of_product(rows, best, 'lstm'))}.",
+        f"every step would be {copied.percent} of a copy's rate, at {multiplied.percent} of a large product's: {why}. "
+        f"It comes nearest to the product's at a batch of {best['B']}: {share_of_product(rows, best, 'lstm').percent}.",
     )
 
 
@@ -233,10 +233,6 @@ def _four_products(rows: list[Row]) -> Verdict:
         f"{text(first, alike)} times the RNN layer's time at a batch of {first['B']}, and {text(last, alike)} times at "
         f"{last['B']}.{here}",
     )
-
-
-def _share(found: Spread) -> str:
-    return found.text("{:.0%}".format)
 
 
 def draw(rows: list[Row]) -> tuple[Figure, str]:
@@ -287,7 +283,7 @@ def table(rows: list[Row]) -> str:
         for row in rows:
             us = spread(1e3 * ms / row["T"] for ms in row["ms"][op])
             counted = [f"{intensity(row, op, key):.3g}" for key in ("streamed", "held")]
-            shares = [_share(share(rows, row, op)) for share in (share_of_copy, share_of_product)]
+            shares = [share(rows, row, op).percent for share in (share_of_copy, share_of_product)]
             loop_us = [1e3 * ms / row["T"] for ms in row["looped"].get(op, [])]
             looped = str(spread(loop_us)) if loop_us else "-"
             lines.append([f"{NAMES[op]}, B = {row['B']}", *counted, str(us), looped, str(rate(row, op)), *shares])

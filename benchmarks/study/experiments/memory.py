@@ -213,7 +213,7 @@ def _thousands(rows: list[Row], reached: Reached, longest: dict[str, int]) -> Ve
     if not found:
         return Verdict(claim, None, f"Not even the shortest lag of any task was learned {_within(rows, 'gru')}.")
     (op, task, lag), best = max(found.items(), key=lambda item: item[1].median)
-    said = f"{NAMES[op]} on {TITLES[task]} at {lag:,}, {best.text('{:.0%}'.format)} right {_within(rows, 'gru')}"
+    said = f"{NAMES[op]} on {TITLES[task]} at {lag:,}, {best.percent} right {_within(rows, 'gru')}"
     return Verdict(claim, best.median < ENOUGH, f"The best at lags of {THOUSANDS:,} and more: {said}.")
 
 

@@ -144,8 +144,8 @@ def accuracies(rows: list[Row], model: str, key: str = "accuracy") -> Spread:
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
-    found = {model: _share(accuracies(rows, model)) for model in MODELS}
-    guess = {kind: f"chance is {_share(accuracies(rows, kind, 'chance'))}" for kind in TASKS}
+    found = {model: accuracies(rows, model).percent for model in MODELS}
+    guess = {kind: f"chance is {accuracies(rows, kind, 'chance').percent}" for kind in TASKS}
     hidden = _above_chance(rows, SOURCELESS)
     return [
         Verdict(
@@ -196,11 +196,7 @@ def _causal(rows: list[Row], model: str) -> list[bool]:
 def _flow_text(rows: list[Row], model: str, key: str = "flow") -> str:
     of = {"flow": "tokens it is given", "source_flow": "source"}[key] if kind_of(model) == BOTH else "inputs"
     behind, ahead = (seen(rows, model, each, key) for each in (False, True))
-    return f"Outputs depend on {_share(behind)} of the {of} up to their own place and on {_share(ahead)} after it."
-
-
-def _share(found: Spread) -> str:
-    return found.text("{:.0%}".format)
+    return f"Outputs depend on {behind.percent} of the {of} up to their own place and on {ahead.percent} after it."
 
 
 def draw(rows: list[Row]) -> tuple[Figure, str]:
@@ -257,7 +253,7 @@ def table(rows: list[Row]) -> str:
             TASK_NAMES[kind_of(model)],
             f"{select(rows, model=model)[0]['parameters']:,}",
             *(_seen_text(rows, model, ahead) for ahead in (False, True)),
-            *(_share(accuracies(rows, model, key)) for key in ("accuracy", "chance")),
+            *(accuracies(rows, model, key).percent for key in ("accuracy", "chance")),
         ]
         for model in MODELS
     ]
@@ -265,8 +261,8 @@ def table(rows: list[Row]) -> str:
 
 
 def _seen_text(rows: list[Row], model: str, ahead: bool) -> str:
-    own = _share(seen(rows, model, ahead))
+    own = seen(rows, model, ahead).percent
     if kind_of(model) != BOTH:
         return own
-    source = "nothing" if model == SOURCELESS else _share(seen(rows, model, ahead, "source_flow"))
+    source = "nothing" if model == SOURCELESS else seen(rows, model, ahead, "source_flow").percent
     return f"{own}, of its source {source}"
