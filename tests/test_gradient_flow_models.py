@@ -271,7 +271,7 @@ def test_norms_neither_underflow_nor_overflow(scale):
 
 
 def test_plots_show_every_step():
-    pytest.importorskip("matplotlib").use("Agg")
+    pytest.importorskip("matplotlib", reason="plots are matplotlib's").use("Agg")
     import matplotlib.pyplot as plt
 
     flow = gradient_flow(nn.LSTM(E, 3), torch.randn(T, B, E))

@@ -9,6 +9,7 @@ from torch import nn
 import seqcore
 from seqcore.nn import init
 
+from .comparisons import assert_equal_in_float64
 from .recurrence_twins import CELLS, SINGLE, ours, torch_module
 
 H = 6
@@ -39,18 +40,18 @@ def others(module, *changed):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_recurrent_matrix_is_orthogonal(name):
-    module = MODULES[name]()
+    module = MODULES[name]().double()
     before = others(module, "weight_hh")
     assert init.orthogonal_recurrent_(module, gain=0.5) is module
     found = [p for name, p in module.named_parameters() if name.startswith("weight_hh")]
     assert len(found) == (4 if isinstance(module, nn.RNNBase) else 1)
     for weight in found:
         assert weight.requires_grad and weight.grad_fn is None
-        matrices = weight.detach().double()
+        matrices = weight.detach()
         matrices = matrices.flatten(0, 1) if weight.dim() == 4 else matrices.unflatten(0, (GATES[kind(module)], H))
         products = matrices.mT @ matrices
-        torch.testing.assert_close(products, 0.25 * torch.eye(products.shape[-1]).double().expand_as(products),
-                                   rtol=0, atol=4 * torch.finfo(torch.float32).eps)  # fmt: skip
+        identity = torch.eye(products.shape[-1], dtype=torch.float64).expand_as(products)
+        assert_equal_in_float64({"W^T W": products}, {"W^T W": 0.25 * identity})
         assert not any(torch.equal(a, b) for i, a in enumerate(matrices) for b in matrices[:i])
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters() if name in before)
 

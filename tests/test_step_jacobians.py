@@ -189,7 +189,7 @@ def test_results_are_compared_without_an_error():
 
 
 def test_a_plot_of_the_products():
-    pytest.importorskip("matplotlib").use("Agg")
+    pytest.importorskip("matplotlib", reason="plots are matplotlib's").use("Agg")
     import matplotlib.pyplot as plt
 
     found = StepJacobians(turned(1000, [0.9, 0.5, 0.1]))
