@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 PARALLEL ?= -n auto --maxprocesses 8 -p no:benchmark
 
 # What a caller's shell says about Python, Triton or the backend must not change what a target does.
-CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u TRITON_INTERPRET -u SEQCORE_BACKEND
+CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u TRITON_INTERPRET -u SEQCORE_BACKEND -u SEQCORE_NIGHTLY
 
 # `make aot TRITON=3.6.0` compiles with another Triton, from an environment of its own.
 ifdef TRITON

@@ -21,6 +21,8 @@ import torch
 from seqcore import backends
 from seqcore.devices import INTERPRETED
 
+from .effort import take_tried
+
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 
 # One of several processes, which share the cores. Those that tests begin are not to think that of themselves.
@@ -105,6 +107,14 @@ def by_the_function(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _counted(request):
+    """Reports say how many cases each test has tried."""
+    take_tried()
+    yield
+    request.node.user_properties.append(("cases", take_tried() or 1))
 
 
 @pytest.fixture(autouse=True)

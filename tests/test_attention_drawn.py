@@ -6,11 +6,11 @@ import torch
 from seqcore.kernels import tuning
 
 from .attention_twins import assert_like_reference, ends, qkv
+from .effort import drawn
 from .test_attention_kernels import LAYOUTS, additive_mask, bool_mask
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.kernels
@@ -87,8 +87,7 @@ def judge(call, seed, device):
         assert_like_reference(*inputs, **options)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(call=calls())
+@drawn(25, 1_000, call=calls())
 def test_whatever_is_asked(call, device):
     # Where few rows see more than a key, errors are few and the budget's yardstick a poor one: a second try, with other
     # numbers, tells chance from a defect.

@@ -1,9 +1,4 @@
-"""The sequence kernels with a team's units spread over several programs, under schedules drawn at random.
-
-SEQCORE_SCHEDULES=100 tries that many of them instead of the few that every run can afford.
-"""
-
-import os
+"""The sequence kernels with a team's units spread over several programs, under schedules drawn at random."""
 
 import pytest
 import torch
@@ -17,6 +12,7 @@ from seqcore.kernels.recurrence import plan
 from seqcore.testing.explorer import Deadlock, explore
 
 from .comparisons import assert_within, cotangents
+from .effort import effort, tried
 from .mutants import mutant
 from .recurrence_twins import differing, masks, ours, packed, problem, results, yardsticks
 
@@ -27,7 +23,7 @@ pytestmark = [
 
 pytest.importorskip("greenlet")
 
-SEEDS = range(int(os.environ.get("SEQCORE_SCHEDULES", "3")))
+SEEDS = range(effort(3, 200))
 SPREAD = {"rows": 16, "units": 16}
 
 # The cell, sizes and torch's options, options of our own, the form of the input, and what is forced upon the plan.
@@ -64,6 +60,7 @@ def test_results_are_right_and_the_same_bits_under_every_schedule(name):
     for seed in SEEDS:
         with plan.overriding(**fields), explore(seed, weak_memory=seed % 2 == 0) as exploration:
             found = results(module, *inputs, **keywords)
+        tried()
         assert exploration.launches == 2 + module.recompute
         first = first or found
         assert not differing(found, first)
