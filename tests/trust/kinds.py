@@ -1,0 +1,32 @@
+"""What the subjects beside this file are made of: promises, and guards with a mutant each."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What holds whatever a caller does, how that is tested, and by which tests.
+
+    ``tests`` are beginnings of pytest's names from ``tests/`` on: "test_limits.py", or
+    "test_limits.py::test_batch", or that with the parameters in brackets.
+    """
+
+    words: str
+    how: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Something in the source that keeps a promise, and the mutant without it, which ``test`` must kill.
+
+    The mutant is ``file`` with ``new`` in place of ``old``, which stands there once; ``test`` is one name as in a
+    promise, and runs where kernels are ``interpreted``, or in the ordinary process.
+    """
+
+    words: str
+    file: str
+    old: str
+    new: str
+    test: str
+    interpreted: bool = False
