@@ -20,7 +20,7 @@ AOT_VENV := $(VENV)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test bench study aot aot-full gpu ledger lint clean
+.PHONY: help venv test nightly bench study aot aot-full gpu ledger lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(VENV)/.ready  ## the ordinary suite, the interpreted suite, and every ke
 	$(CLEAN) $(BIN)/pytest tests $(PARALLEL)
 	$(CLEAN) TRITON_INTERPRET=1 $(BIN)/pytest tests $(PARALLEL)
 	$(CLEAN) $(BIN)/python -m seqcore.testing.aot --out build/aot.json
+
+nightly: $(VENV)/.ready  ## what docs/trust.md promises, with many cases, and the mutants that its tests must kill
+	$(CLEAN) $(BIN)/python -m tests.trust $(ARGS)
 
 bench: $(VENV)/.ready  ## measure what this machine can, and write the report (ARGS=... is passed on)
 	$(CLEAN) $(BIN)/python -m benchmarks $(ARGS)

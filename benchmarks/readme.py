@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.environment import ROOT
 from benchmarks.ledger import RESULTS, Run, kernels, ledger, runs
+from benchmarks.marked import Marked
 from benchmarks.reporting.fits import geometric_mean
 from benchmarks.reporting.recurrence import torch_ratio
 from benchmarks.reporting.tables import table
@@ -14,8 +15,7 @@ from benchmarks.rows import Results, Row
 from benchmarks.shapes import PASSES
 
 README = ROOT / "README.md"
-BEGIN = "<!-- performance: made by `python -m benchmarks.readme` from benchmarks/results/, not by hand -->"
-END = "<!-- performance: end -->"
+TITLE = "performance: made by `python -m benchmarks.readme` from benchmarks/results/, not by hand"
 NOTHING = "**Not measured on a GPU yet.** No GPU figure stands here until one is measured: `make gpu` does."
 
 
@@ -65,22 +65,12 @@ def _lines(
             yield [op, dtype, pass_, against, f"{len(ratios)}", *spread]
 
 
-def _split(text: str) -> tuple[str, str, str]:
-    """README before, between and after the marks."""
-    before, begin, rest = text.partition(BEGIN)
-    inside, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{README} lacks the marks {BEGIN!r} and {END!r}; put them where the figures belong")
-    return before, inside, after
-
-
 def is_current(readme: Path = README, results: Path = RESULTS) -> bool:
-    return _split(readme.read_text())[1].strip() == section(results)
+    return Marked(TITLE, readme).inside().strip() == section(results)
 
 
 def write(readme: Path = README, results: Path = RESULTS) -> None:
-    before, _, after = _split(readme.read_text())
-    readme.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
+    Marked(TITLE, readme).write(section(results))
 
 
 def main(arguments: list[str] | None = None) -> int:

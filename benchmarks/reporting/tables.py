@@ -5,11 +5,14 @@ from collections.abc import Iterable
 from benchmarks.rows import Row
 
 
-def table(header: list[str], lines: Iterable[list[str]], words: bool = False) -> str:
-    """A Markdown table, its first column to the left and, unless they are words, all others to the right."""
+def table(header: list[str], lines: Iterable[list[str]], words: bool = False, aligned: bool = True) -> str:
+    """A Markdown table, its first column to the left and, unless they are words, all others to the right.
+
+    Its source is ``aligned`` like the table; where cells hold sentences, that makes it no easier to read.
+    """
     cells = [header, *lines]
-    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ("-" if words else ":") for width in widths[1:])]
+    widths = [max(3, *(len(line[i]) for line in cells)) if aligned else 0 for i in range(len(header))]
+    rule = ["-" * max(3, widths[0]), *("-" * max(2, width - 1) + ("-" if words else ":") for width in widths[1:])]
 
     def row(line: list[str]) -> str:
         first, *others = zip(line, widths, strict=True)

@@ -1,0 +1,68 @@
+"""What came out when promises and mutants were last tried, in last.json."""
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import commit, cpu_name, version
+from seqcore.files import write_whole
+
+from .kinds import Promise
+from .mutating import Verdict
+from .running import Outcome, of_promise
+from .subjects import subjects
+
+FILE = Path(__file__).with_name("last.json")
+
+
+def read() -> dict[str, Any]:
+    """By the words of each, of those that there still are: {"promises": {…}, "guards": {…}}."""
+    found = json.loads(FILE.read_text()) if FILE.exists() else {"promises": {}, "guards": {}}
+    known = {thing.words for subject in subjects().values() for thing in (*subject.promises, *subject.guards)}
+    return {kind: {words: kept for words, kept in of.items() if words in known} for kind, of in found.items()}
+
+
+def write(found: dict[str, Any]) -> None:
+    write_whole(FILE, json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+@functools.cache
+def where() -> dict[str, Any]:
+    """The day, the commit and the machine, as they are before anything is written."""
+    head, changed, _ = (commit() or "unknown").partition("-")
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": head[:10] + (" with changes" if changed else ""),
+        "on": f"{cpu_name()}, torch {version('torch')}, triton {version('triton')}",
+    }
+
+
+def of_promises(
+    promises: Sequence[Promise], usual: Iterable[Outcome], nightly: Iterable[Outcome]
+) -> dict[str, dict[str, Any]]:
+    """How many cases every run and the nightly one try of each promise, and how the tests of the latter ended."""
+    usual, nightly = list(usual), list(nightly)
+    found = {}
+    for promise in promises:
+        of_night = of_promise(promise, nightly)
+        ended = Counter(outcome.ended for outcome in of_night)
+        found[promise.words] = {
+            "usual": _cases(of_promise(promise, usual)),
+            "nightly": _cases(of_night),
+            **{word: ended[word] for word in ("passed", "failed", "skipped")},
+            **where(),
+        }
+    return found
+
+
+def _cases(outcomes: Iterable[Outcome]) -> int:
+    return sum(outcome.cases for outcome in outcomes if outcome.ended != "skipped")
+
+
+def of_guards(verdicts: Iterable[Verdict]) -> dict[str, dict[str, Any]]:
+    """What became of each guard's mutant."""
+    return {verdict.guard.words: {"mutant": verdict.word, **where()} for verdict in verdicts}
