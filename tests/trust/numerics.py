@@ -9,6 +9,39 @@ PROMISES = [
         "Every numerical test judges by one helper, which is itself tested on both sides of each limit.",
         ("test_budget.py",),
     ),
+    Promise(
+        "That holds at the ends of what numbers can say: saturated gates, the largest inputs and states, denormal "
+        "numbers, logits of a thousand, and, where one key decides a row, of a million.",
+        "Recurrences and attention by their kernels against float64, at every such scale. Backward makes scores anew, "
+        "and can be no better than the order in which a GPU adds up products; interpreted, they are added up exactly.",
+        (
+            "test_extremes_kernels.py::test_recurrences_at_every_scale",
+            "test_extremes_kernels.py::test_attention_at_every_scale",
+            "test_extremes_kernels.py::test_logits_of_a_million",
+            "test_attention_kernels.py::test_a_log_sum_exp_far_from_zero",
+            "test_attention_kernels.py::test_masks_of_the_lowest_finite_number",
+            "test_recurrence_kernels.py::test_tanh_over_the_whole_range",
+            "test_recurrence_kernels.py::test_sigmoid_over_the_whole_range",
+        ),
+    ),
+    Promise(
+        "What overflows in 16 or 32 bits is infinite, or NaN, exactly where it is in torch.",
+        "A recurrence that grows past the largest number, and logits past it.",
+        (
+            "test_extremes_kernels.py::test_what_overflows_is_infinite_where_torchs_is",
+            "test_extremes_kernels.py::test_logits_past_the_largest_number_are_nan_where_torchs_are",
+        ),
+    ),
+    Promise(
+        "Nothing drifts over a long sequence, 100,000 steps in the nightly run: what is added up over all steps errs "
+        "no more than PyTorch's own loop.",
+        "Recurrences that forget as little as they can, forward and backward; the kernels, interpreted, over 1,000 "
+        "steps.",
+        (
+            "test_extremes.py::test_nothing_drifts_over_a_long_sequence",
+            "test_extremes_kernels.py::test_nothing_drifts_over_a_long_sequence",
+        ),
+    ),
 ]
 
 GUARDS = [
@@ -32,5 +65,60 @@ GUARDS = [
         "Budget(same_infinities and within,",
         "Budget(within,",
         "test_budget.py::test_nan_fails_and_infinities_must_agree",
+    ),
+    Guard(
+        "tanh keeps its relative accuracy near 0",
+        "kernels/activations.py",
+        "magnitude < 0.625",
+        "magnitude < 0.0",
+        "test_extremes_kernels.py::test_recurrences_at_every_scale[fp32-denormal-rnn_tanh]",
+        interpreted=True,
+    ),
+    Guard(
+        "tanh saturates rather than dividing infinities",
+        "kernels/activations.py",
+        "1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)",
+        "(tl.exp(2.0 * magnitude) - 1.0) / (tl.exp(2.0 * magnitude) + 1.0)",
+        "test_extremes_kernels.py::test_recurrences_at_every_scale[fp32-saturated by the input-rnn_tanh]",
+        interpreted=True,
+    ),
+    Guard(
+        "sigmoid saturates rather than dividing infinities",
+        "kernels/activations.py",
+        "return 1.0 / (1.0 + tl.exp(-x))",
+        "return tl.exp(x) / (1.0 + tl.exp(x))",
+        "test_extremes_kernels.py::test_recurrences_at_every_scale[fp32-saturated by the input-lstm]",
+        interpreted=True,
+    ),
+    Guard(
+        "the online softmax takes the largest score away before it exponentiates",
+        "kernels/attention/forward.py",
+        "p = tl.exp2(logits * unit - base[:, None])",
+        "p = tl.exp2(logits * unit)",
+        "test_extremes_kernels.py::test_attention_at_every_scale[fp32-logits of 1e3]",
+        interpreted=True,
+    ),
+    Guard(
+        "backward makes probabilities of the largest score and the sum, not of the log-sum-exp",
+        "kernels/attention/scores.py",
+        "return tl.exp2(tl.minimum(logits - row_max, 0.0)) * row_scale",
+        "return tl.exp2(logits - (row_max - tl.log2(row_scale)))",
+        "test_attention_kernels.py::test_a_log_sum_exp_far_from_zero",
+        interpreted=True,
+    ),
+    Guard(
+        "a relu lets NaN through",
+        "kernels/recurrence/cells.py",
+        "h = tl.where(a < 0.0, 0.0, a)",
+        "h = tl.where(a > 0.0, a, 0.0)",
+        "test_extremes_kernels.py::test_what_overflows_is_infinite_where_torchs_is",
+        interpreted=True,
+    ),
+    Guard(
+        "c is kept in float32 over a sequence of 16 bits",
+        "seqcore/reference/bptt.py",
+        "c = None if new_c is None else replace_first(c, new_c)",
+        "c = None if new_c is None else replace_first(c, new_c.to(x.dtype).to(acc))",
+        "test_reference_recurrence.py::test_cell_state_is_kept_in_float32",
     ),
 ]
