@@ -11,6 +11,7 @@ on the same machine. No more than eight files are written, all of them directly 
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -28,8 +29,10 @@ import torch
 from benchmarks.environment import ROOT, key
 from benchmarks.measured import JOURNAL, MEASURED
 from benchmarks.report import write_report
-from benchmarks.stages.definitions import PROFILED, Stage, stages
+from benchmarks.stages import run_sanitizer
+from benchmarks.stages.definitions import PROFILED, VERIFIED, Stage, stages
 from benchmarks.stages.importable import clean_environment, make_importable
+from seqcore.files import write_whole
 from seqcore.journal import Journal
 
 # "partly": all went well as far as it went, and going on will do more.
@@ -200,6 +203,13 @@ def locked(journal: Path) -> IO:
     return file
 
 
+def join_sanitized(out: Path, run_key: str) -> None:
+    """What the sanitizer said, put beside the numerics in verify.json, whichever of the two ran again."""
+    verified, found = out / VERIFIED, run_sanitizer.rows(Journal(out / JOURNAL, run_key, run_sanitizer.KIND))
+    with contextlib.suppress(OSError, ValueError):
+        write_whole(verified, json.dumps(json.loads(verified.read_text()) | {"sanitizer": found}, indent=1))
+
+
 def draw_report(out: Path) -> None:
     """report.md without pictures and report.html with all of them inside, of whatever was measured."""
     data, profile = out / MEASURED, out / PROFILED
@@ -283,6 +293,7 @@ def run(options: argparse.Namespace, out: Path, lock: IO) -> int:
             outcomes.append(campaign.run(stage, left))
     except KeyboardInterrupt:
         interrupted = True
+    join_sanitized(out, run_key)
     draw_report(out)
     print_table(outcomes)
     if interrupted:

@@ -1,18 +1,41 @@
-"""Names in Triton's cache that do not depend on what a process compiled before.
+"""What every module of kernels does at its end: names that are found again, and interpreted launches that take turns.
 
 Triton caches a kernel under a name made of its source, that of the functions it calls, and the global constants they
 use; but it takes a function's constants into account only if that function already had a name of its own. Left alone, a
 process that compiles in another order finds nothing in the cache that the last one filled. So every module of kernels
 has its functions named as it is imported, in the order of definition, in which those that are called come first.
+
+Triton's interpreter keeps in globals which program of which grid it is at, and what it has put in the place of
+triton.language meanwhile. Two threads that launched at once would mix their programs up, and would not even notice. So
+interpreted launches take turns, those of autograd's threads, too.
 """
 
+import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import triton
+from triton.runtime import KernelInterface
+
+# Reentrant: what a launch calls may launch in its turn.
+_interpreter = threading.RLock()
 
 
 def settle(module: dict[str, Any]) -> None:
-    """Name the functions that ``module``, its globals, defines. Interpreted functions need no names."""
+    """Name the functions that ``module``, its globals, defines; have interpreted ones take turns."""
     for value in list(module.values()):
-        if isinstance(value, triton.JITFunction) and value.module == module["__name__"]:
-            _ = value.cache_key
+        if isinstance(value, triton.JITFunction):
+            if value.module == module["__name__"]:
+                _ = value.cache_key
+        elif isinstance(value, KernelInterface) and value.fn.__module__ == module["__name__"]:
+            value.run = _alone(value.run)
+
+
+def _alone(run: Callable) -> Callable:
+    @functools.wraps(run)
+    def run_alone(*arguments: Any, **keywords: Any) -> Any:
+        with _interpreter:
+            return run(*arguments, **keywords)
+
+    return run_alone

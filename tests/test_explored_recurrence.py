@@ -23,7 +23,8 @@ pytestmark = [
 
 pytest.importorskip("greenlet")
 
-SEEDS = range(effort(3, 200))
+# A night's thousands are in test_explored_schedules.py, whose problems take a quarter of the time.
+SEEDS = range(effort(3, 8))
 SPREAD = {"rows": 16, "units": 16}
 
 # The cell, sizes and torch's options, options of our own, the form of the input, and what is forced upon the plan.
@@ -100,7 +101,7 @@ WEAK_MUTANTS = {
     "relaxed wait": lambda kernel, which: mutant(kernel, 'sem="acquire"', 'sem="relaxed"', of=grid.wait),
     "wait without barrier": lambda kernel, which: mutant(kernel, "tl.debug_barrier()", "pass", of=grid.wait),
 }
-MUTANT_SEEDS = range(max(4, len(SEEDS)))
+MUTANT_SEEDS = range(effort(4, 8))
 
 
 def gradients(module, x, hx, outputs):

@@ -9,7 +9,7 @@ import torch
 
 import seqcore
 from seqcore import Device
-from seqcore.kernels import grid
+from seqcore.devices import pretending
 from seqcore.kernels.recurrence import plan
 from seqcore.kernels.recurrence.plan import NoPlan, Shape
 from seqcore.ops import layout, sequence
@@ -119,7 +119,7 @@ def test_interpreted_programs_have_no_slices():
 
 def test_overriding_nests_and_restores():
     before = plan.make(KNOWN, H200)
-    with plan.overriding(rows=32):
+    with plan.overriding(rows=32, stage=2):
         with plan.overriding(units=32, hold=False):
             inner = plan.make(KNOWN, H200)
             assert (inner.rows, inner.units, inner.slices, inner.regime) == (32, 32, 24, "streaming")
@@ -169,11 +169,11 @@ class Recorder:
 
 
 @pytest.mark.parametrize("steps, batch", [(1, 1), (3, 128), (3, 129), (3, 256), (3, 600), (70_000, 1)])
-def test_launches_cover_each_group_once_and_all_steps(steps, batch, monkeypatch):
-    monkeypatch.setattr(grid, "interleaved", True)
+def test_launches_cover_each_group_once_and_all_steps(steps, batch):
     made = plan.make(replace(KNOWN, batch=batch), H200)
     kernel, x = Recorder(), torch.zeros(steps, batch, 1)
-    sequence._launch(kernel, made, x.device, (x,), layout.plain(x, 1))
+    with pretending(H200):
+        sequence._launch(kernel, made, x.device, (x,), layout.plain(x, 1))
     covered = []
     for programs, arguments, constants in kernel.launches:
         count = constants["groups"]

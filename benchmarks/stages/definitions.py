@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import measured
 from benchmarks.shapes import SIZES
-from benchmarks.stages import run_tests
+from benchmarks.stages import run_sanitizer, run_tests
 from seqcore.journal import Journal, forget, lines
 from seqcore.kernels import tables
 from seqcore.testing.shares import cores
@@ -66,6 +66,7 @@ def stages(out: Path, run_key: str, tiny: bool) -> list[Stage]:
     return [
         _tests(out, run_key, tiny),
         _verify(out, tiny),
+        _sanitize(out, run_key, tiny),
         _measure("floors", ("floors",), 120, out, tiny),
         _measure("bench", ("recurrence", "attention", "bottleneck"), LIMIT_SECONDS, out, tiny),
         _tune(out, tiny),
@@ -124,6 +125,19 @@ def _verify(out: Path, tiny: bool) -> Stage:
         journal,
         rows_file,
     )
+
+
+def _sanitize(out: Path, run_key: str, tiny: bool) -> Stage:
+    journal = out / measured.JOURNAL
+    command = _python("benchmarks.stages.run_sanitizer", "--journal", journal, "--key", run_key)
+
+    def summary() -> tuple[str, bool]:
+        return run_sanitizer.summary(Journal(journal, run_key, run_sanitizer.KIND), tiny)
+
+    return Stage(
+        "sanitize", [*command, "--tiny"] if tiny else command, LIMIT_SECONDS, summary,
+        lambda kind, name: kind == run_sanitizer.KIND, journal, patience_s=LONG_PATIENCE_SECONDS, spends=True,
+    )  # fmt: skip
 
 
 def _measure(name: str, suites: tuple[str, ...], limit_s: float, out: Path, tiny: bool) -> Stage:

@@ -124,14 +124,29 @@ def make(shape: Shape, device: Device) -> Plan:
     """The plan for ``shape`` on ``device``.
 
     Raises:
-        NoPlan: if even streamed weights leave more programs than can be resident.
+        NoPlan: if even streamed weights leave more programs than can be resident, or what ``overriding`` asks for does
+            not fit the device.
     """
     if device.arch == INTERPRETER:
         chosen = _interpreted(shape)
     else:
         chosen = _tuned(shape, device) or _best(shape, device)
     fields = _overrides[shape.backward]
-    return _completed(shape, device, replace(chosen, **fields)) if fields else chosen
+    return _forced(shape, device, chosen, fields) if fields else chosen
+
+
+def _forced(shape: Shape, device: Device, chosen: Plan, fields: dict[str, Any]) -> Plan:
+    asked = ", ".join(f"{name}={value}" for name, value in fields.items())
+    try:
+        plan = _completed(shape, device, replace(chosen, **fields))
+    except NoPlan as error:
+        raise NoPlan(f"{error}; plan.overriding({asked}) asks for it: more units a slice make fewer slices") from None
+    if plan.shared_memory > device.shared_memory:
+        raise NoPlan(
+            f"plan.overriding({asked}) asks for programs of {plan.shared_memory >> 10} KiB shared memory, and "
+            f"{device.arch} has {device.shared_memory >> 10}: ask for fewer units or rows, or leave it out"
+        )
+    return plan
 
 
 def make_step(shape: Shape, device: Device) -> Plan:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..cells import Cell
 from ..devices import describe, product_parts, recurrence_precision
+from ..errors import UnsupportedInput
 from ..reference.recurrence import Weights, block_count, hidden_size
 from .layout import Map
 
@@ -67,7 +68,10 @@ class Layer:
     def plan(self, backward: bool):
         from ..kernels.recurrence import plan
 
-        return plan.make(self.shape(backward), describe(self.x.device))
+        try:
+            return plan.make(self.shape(backward), describe(self.x.device))
+        except plan.NoPlan as error:
+            raise UnsupportedInput(f"{error}; take another backend") from error
 
     def recurrent_weights(self) -> Tensor:
         """[D, G, N, H/N, H/N] in memory: what the travelling state is multiplied with."""

@@ -4,8 +4,7 @@ The twin of ``reference/bptt.py``, with the same buffers. The products of ``x`` 
 backward those of ``dx`` and the weights afterwards. Only what cannot be parallel is in the kernels.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,38 +12,53 @@ from torch import Tensor
 from ..cells import Cell
 from ..devices import describe
 from ..errors import UnsupportedInput
-from ..kernels.tuning import INTERPRETER
+from ..kernels.tuning import INTERPRETER, Device
 from ..reference.bptt import Gradients, Kept, weight_gradient
 from . import projection
 from .layer import Layer
 from .layout import Map
+from .precision import library_precision
 
 
-@contextlib.contextmanager
-def library_precision(layer: Layer) -> Iterator[None]:
-    """The library's products made as the kernels make theirs, whatever its own switch says."""
-    if layer.precision == "ieee":
-        yield
-        return
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "tf32" if layer.precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+def _check_resident(plan, device: Device) -> None:
+    """Refuse a launch whose programs would wait for others that cannot run meanwhile, wherever its plan came from.
 
-
-def _launch(kernel, plan, device: torch.device, arguments: Sequence, map_: Map, **constants) -> None:
-    """``kernel`` over all groups of sequences, in as many launches as it takes."""
+    Raises:
+        UnsupportedInput: if it would.
+    """
     from ..kernels import grid
 
-    arch = describe(device).arch
-    if plan.slices > 1 and arch == INTERPRETER and not grid.interleaved:
+    if plan.slices == 1 or (device.arch == INTERPRETER and grid.interleaved):
+        return
+    if device.arch == INTERPRETER:
         raise UnsupportedInput(
             f"interpreted programs run one after another, and {plan.slices} slices would wait for each other forever; "
             "launch them within seqcore.testing.explore(seed), or leave plan.overriding(units=…) out"
         )
+    if plan.slices * plan.teams > device.multiprocessors:
+        raise UnsupportedInput(
+            f"{plan.slices * plan.teams} programs would wait for each other, and the {device.multiprocessors} "
+            f"multiprocessors of {device.arch} run one of them each: leave plan.overriding(…) out, have it ask for "
+            "fewer groups or more units a slice, or take another backend"
+        )
+
+
+def _launch(kernel, plan, device: torch.device, arguments: Sequence, map_: Map, **constants) -> None:
+    """``kernel`` over all groups of sequences, in as many launches as it takes.
+
+    Raises:
+        UnsupportedInput: before anything runs, if programs that wait for each other cannot all run at once.
+    """
+    from triton.runtime import OutOfResources
+
+    from ..kernels import grid
+
+    described = describe(device)
+    _check_resident(plan, described)
+    waiting = {}
+    if plan.slices > 1:
+        # What another process holds of the device nobody can know: then the launch fails, and does not hang.
+        waiting = {"launch_cooperative_grid": described.arch != INTERPRETER} | grid.LAUNCH_OPTIONS
     groups = -(-map_.batch // plan.rows)
     steps = map_.steps_of_groups(plan.rows) if map_.mapped else None
     teams_of_group = plan.teams // plan.groups
@@ -54,17 +68,23 @@ def _launch(kernel, plan, device: torch.device, arguments: Sequence, map_: Map, 
     for first in range(0, groups, plan.groups):
         count = min(plan.groups, groups - first)
         teams = count * teams_of_group
+        # Each launch's own, cleared on its stream: launches in flight count apart, and every replay of a graph anew.
         counters = torch.zeros(teams * stride if plan.slices > 1 else 0, dtype=torch.int32, device=device)
-        # Programs that wait for each other must all be resident: a launch that cannot be so fails, and does not hang.
-        cooperative = {"launch_cooperative_grid": True} if plan.slices > 1 and arch != INTERPRETER else {}
-        kernel[(teams * plan.slices,)](
-            *pointers, counters,
-            T=map_.steps, B=map_.batch, R=map_.rows, first_group=first, groups=count,
-            NATIVE=arch.startswith("sm_"), MAPPED=map_.mapped, SLICES=plan.slices,
-            HOLD=plan.hold, SWAP=plan.swap, FOLD=plan.fold, STAGE=plan.stage, CHAINS=plan.chains,
-            BLOCK_B=plan.rows, BLOCK_H=plan.units, BLOCK_K=plan.tile, num_warps=plan.num_warps, num_stages=1,
-            **constants, **cooperative,
-        )  # fmt: skip
+        try:
+            kernel[(teams * plan.slices,)](
+                *pointers, counters,
+                T=map_.steps, B=map_.batch, R=map_.rows, first_group=first, groups=count,
+                NATIVE=described.arch.startswith("sm_"), MAPPED=map_.mapped, SLICES=plan.slices,
+                HOLD=plan.hold, SWAP=plan.swap, FOLD=plan.fold, STAGE=plan.stage, CHAINS=plan.chains,
+                BLOCK_B=plan.rows, BLOCK_H=plan.units, BLOCK_K=plan.tile, num_warps=plan.num_warps, num_stages=1,
+                **constants, **waiting,
+            )  # fmt: skip
+        except OutOfResources as error:
+            # Known once the kernel is compiled: what a program really takes of a multiprocessor that has nothing else.
+            raise UnsupportedInput(
+                f"{plan}: compiled for {described.arch}, a program takes more than a multiprocessor has ({error}); "
+                "leave plan.overriding(…) or the row of the tuned table out, or take another backend"
+            ) from error
 
 
 def _project_input(layer: Layer, width: int) -> Tensor:
@@ -93,7 +113,7 @@ def forward(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, T
     cell, x, hidden, directions = layer.cell, layer.x, layer.hidden, layer.directions
     rows, batch, has_c = x.shape[0], layer.map.batch, cell.has_c
     save_gates, save_cells = save_gates and not cell.saves_output, save_cells and has_c
-    with library_precision(layer):
+    with library_precision(layer.precision):
         buffer = _project_input(layer, _row_tiles(cell) if save_gates else cell.gates + cell.extra)
         saved = _place_saved(layer, buffer) if save_gates else x.new_empty(directions, 0, cell.saved * hidden)
         states = x.new_empty(rows, directions * hidden)
@@ -188,7 +208,7 @@ def backward(
 
     cell, x, hidden, directions = layer.cell, layer.x, layer.hidden, layer.directions
     rows, batch, has_c = x.shape[0], layer.map.batch, cell.has_c
-    with library_precision(layer):
+    with library_precision(layer.precision):
         states = kept.hidden if layer.projected else y
         h_init, c_init = layer.travelling_h0(), layer.c0.contiguous() if has_c else None
         weights = layer.recurrent_weights()

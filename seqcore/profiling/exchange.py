@@ -55,7 +55,7 @@ class Exchange:
         floors.exchange_kernel[(self.teams * self.slices,)](
             rows, _counters(self.teams, rows.device), steps, self.teams,
             SLICES=self.slices, WIDTH=width, SHARE=share, BLOCK_B=self.rows, BLOCK_K=self.block,
-            num_warps=self.num_warps, num_stages=1, **_cooperative(rows.device),
+            num_warps=self.num_warps, num_stages=1, **_waiting(rows.device),
         )  # fmt: skip
 
     def follow(self, rows: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def run_barrier(slices: int, teams: int, steps: int, device: str, num_warps: int
 
     counters = _counters(teams, torch.device(device))
     floors.barrier_kernel[(teams * slices,)](
-        counters, steps, SLICES=slices, num_warps=num_warps, num_stages=1, **_cooperative(counters.device)
+        counters, steps, SLICES=slices, num_warps=num_warps, num_stages=1, **_waiting(counters.device)
     )
     return counters
 
@@ -89,9 +89,12 @@ def _counters(teams: int, device: torch.device) -> Tensor:
     return torch.zeros(teams * grid.COUNTER_STRIDE.value, dtype=torch.int32, device=device)
 
 
-def _cooperative(device: torch.device) -> dict:
+def _waiting(device: torch.device) -> dict:
+    from ..kernels import grid
+
     # A launch whose programs cannot all be resident then fails, where it would hang.
-    return {"launch_cooperative_grid": True} if device.type == "cuda" else {}
+    cooperative = {"launch_cooperative_grid": True} if device.type == "cuda" else {}
+    return cooperative | grid.LAUNCH_OPTIONS
 
 
 def exchange_of(plan, shape) -> Exchange | None:

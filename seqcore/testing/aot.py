@@ -147,7 +147,7 @@ def compile_entry(entry: Entry) -> Row:
             compiled = triton.compile(
                 specialised_source(entry),
                 target=gpu_target(entry.target),
-                options={"num_warps": entry.num_warps, "num_stages": entry.num_stages},
+                options={"num_warps": entry.num_warps, "num_stages": entry.num_stages, **_watched()},
             )
             seconds = round(time.perf_counter() - began, 2)
         row |= {"hash": compiled.hash, "compile_s": None if any(cached) else seconds} | resources(compiled)
@@ -155,6 +155,13 @@ def compile_entry(entry: Entry) -> Row:
     except Exception as exception:
         error = _innermost(exception)
     return row | {"ok": error is None, "error": error}
+
+
+def _watched() -> dict[str, bool]:
+    """As launches of kernels that wait have it with SEQCORE_DEBUG=1; else nothing."""
+    from ..kernels import grid
+
+    return grid.LAUNCH_OPTIONS
 
 
 def _innermost(exception: BaseException) -> str:

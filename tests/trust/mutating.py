@@ -104,6 +104,9 @@ def judge(guards: Sequence[Guard], jobs: int) -> Iterator[Verdict]:
 def _word(copy: Copy, guard: Guard) -> str:
     with copy.mutated(guard):
         status = copy.status(guard.test, guard.interpreted)
+    if status is not None and status < 0:
+        # What reads or writes where it should not may take the process with it.
+        return "killed"
     return {FAILED: "killed", PASSED: "survived"}.get(status) or _status(status)
 
 

@@ -9,6 +9,7 @@ from .kinds import Guard, Promise
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {
+    "concurrency": "Several at once",
     "numerics": "Numbers",
 }
 
