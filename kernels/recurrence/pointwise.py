@@ -26,9 +26,10 @@ def pointwise_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The cell's step on independent rows, of which only what backward needs is kept; grid (rows, columns)."""
-    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    """The cell's step on independent rows, of which only what backward needs is kept; grid (tiles,), rows first."""
+    groups = tl.cdiv(R, BLOCK_B)
+    rows = (tl.program_id(0) % groups * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    columns = tl.program_id(0) // groups * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = (rows < R)[:, None] & (columns < H)[None, :]
     offs = rows[:, None] * H + columns[None, :]
 

@@ -120,6 +120,12 @@ def _places(tile, AXIS: tl.constexpr, FOLD: tl.constexpr, BLOCK_K: tl.constexpr)
 
 
 @triton.jit
+def _far(rows, ELEMENTS: tl.constexpr):
+    """Numbers of rows of a matrix, in the width that offsets of its elements need: 64 bits cost registers."""
+    return rows.to(tl.int64) if ELEMENTS > 2**31 else rows
+
+
+@triton.jit
 def gate_weights(
     w_ptr,  # [GATES, BLOCKS, UNITS, K]
     block,
@@ -145,7 +151,8 @@ def gate_weights(
     gate = FIRST + columns // BLOCK_H
     unit = first_unit + columns % BLOCK_H
     k = _places(tile, AXIS, FOLD, BLOCK_K)
-    ptrs = w_ptr + ((gate * BLOCKS + block) * UNITS + unit) * K + k
+    row = _far((gate * BLOCKS + block) * UNITS + unit, GATES * BLOCKS * UNITS * K)
+    ptrs = w_ptr + row * K + k
     return tl.load(ptrs, mask=(gate < GATES) & (unit < UNITS) & (k < K), other=0.0)
 
 
@@ -211,7 +218,8 @@ def unit_weights(
     AXIS: tl.constexpr = 1 if SWAP else 0
     place = _places(tile, AXIS, FOLD, BLOCK_K)
     unit = first_unit + _along(tl.arange(0, BLOCK_H), 1 - AXIS, FOLD)
-    ptrs = w_ptr + ((place // UNITS * BLOCKS + block) * UNITS + place % UNITS) * UNITS + unit
+    row = _far((place // UNITS * BLOCKS + block) * UNITS + place % UNITS, GATES * BLOCKS * UNITS * UNITS)
+    ptrs = w_ptr + row * UNITS + unit
     return tl.load(ptrs, mask=(place < GATES * UNITS) & (unit < UNITS), other=0.0)
 
 

@@ -82,13 +82,15 @@ def recurrence_step_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One step of one direction of one layer; grid (blocks of B, BLOCKS * SLICES)."""
+    """One step of one direction of one layer; grid (blocks of B * BLOCKS * SLICES,), along batches first."""
     H: tl.constexpr = BLOCKS * UNITS
     ROW: tl.constexpr = 0 if SWAP else 1
-    block, first_unit = tl.program_id(1) // SLICES, tl.program_id(1) % SLICES * BLOCK_H
+    groups = tl.cdiv(B, BLOCK_B)
+    group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
+    block, first_unit = part // SLICES, part % SLICES * BLOCK_H
     units = first_unit + tl.arange(0, BLOCK_H)
     columns = block * UNITS + units
-    offs_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    offs_b = (group * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     exists = offs_b < B
     mask = across(exists, ROW) & across(units < UNITS, 1 - ROW)
 

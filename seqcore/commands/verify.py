@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--all", action="store_true", help="print every row, not one line a kernel and dtype")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this: lstm, D=128")
+    parser.add_argument("--guarded", action="store_true", help="run each case also with its tensors in guard bands")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="go on from what stands here, and add to it")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the work, most of it compiling")
     parser.add_argument("--share", type=Share.parse, help="only this part of the work, like 0/4; needs --journal")
@@ -43,14 +44,15 @@ def _verify(options: argparse.Namespace) -> int:
     from ..testing import verify
 
     device = torch.device("cpu" if INTERPRETED else "cuda")
+    kind = "verify guarded" if options.guarded else "verify"
     rows, stopped, journal = [], True, None
     # Interrupted, or by a kernel that broke the device, what is known so far is worth telling.
     try:
         if options.jobs > 1:
             _share_out(options)
         # What a process left undone, for it crashed, is done here.
-        journal = Journal(options.journal, info.identity(), "verify") if options.journal else None
-        for row in verify.verify(device, options.case, journal, options.share):
+        journal = Journal(options.journal, info.identity(), kind) if options.journal else None
+        for row in verify.verify(device, options.case, journal, options.share, options.guarded):
             rows.append(row)
             if sys.stderr.isatty():
                 print(f"\r{len(rows)} results, now {row.case[:90]:<90}", end="", file=sys.stderr, flush=True)
@@ -61,7 +63,7 @@ def _verify(options: argparse.Namespace) -> int:
         # Whoever shared the work out tells of it.
         return STOPPED if stopped else 0
     if stopped and options.journal is not None:
-        rows = verify.finished(Journal(options.journal, info.identity(), "verify"))
+        rows = verify.finished(Journal(options.journal, info.identity(), kind))
     if sys.stderr.isatty():
         print(file=sys.stderr)
     _print_table(rows, every_row=options.all)
@@ -81,7 +83,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _share_out(options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "seqcore", "verify", "--journal", str(options.journal)]
-    run_shares([*command, "--case", options.case], options.jobs)
+    run_shares([*command, "--case", options.case, *["--guarded"] * options.guarded], options.jobs)
 
 
 def _badness(row) -> tuple:

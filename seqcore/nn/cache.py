@@ -97,10 +97,15 @@ class KVCache(nn.Module):
         # What is not kept goes round to slots of its own, where it leaves what it finds: no two writes meet.
         slots = (first[:, None] + torch.arange(M, device=device)) % N  # [B, M]
         place = (torch.arange(B, device=device)[:, None, None], torch.arange(H, device=device)[:, None], slots[:, None])
+        made = []
         for buffer, new in ((self.keys, key), (self.values, value)):
             new = new.masked_fill(lost[:, None, None, None], float("nan"))
-            buffer[place] = new if kept is None else torch.where(kept, new, buffer[place])
-        self.lengths.copy_(first + counts)
+            made.append(new if kept is None else torch.where(kept, new, buffer[place]))
+        lengths = first + counts
+        # Nothing is written before all that there is no memory for would have been missed.
+        for buffer, new in zip((self.keys, self.values), made, strict=True):
+            buffer[place] = new
+        self.lengths.copy_(lengths)
 
     def reset(self, index: int | Tensor | None = None) -> None:
         """Empty every sequence, or those in ``index``: an int, or [K] int32 or int64.
@@ -114,9 +119,13 @@ class KVCache(nn.Module):
             raise InvalidInput(
                 f"KVCache: index must be None, a Tensor, or an int in 0 … {len(self.lengths) - 1}, got {index!r}"
             )
-        sequences = slice(None) if index is None else index
+        # A filling takes no memory: a sequence is emptied as a whole, or not at all.
+        index = index.long() if isinstance(index, Tensor) else index
         for buffer in (self.keys, self.values, self.lengths):
-            buffer[sequences] = 0
+            if isinstance(index, Tensor):
+                buffer.index_fill_(0, index.flatten(), 0)
+            else:
+                buffer[slice(None) if index is None else index].zero_()
         if index is None and not torch.compiler.is_compiling():
             self._longest = 0
 
@@ -127,8 +136,10 @@ class KVCache(nn.Module):
             InvalidInput: for an index of another kind, or out of range as far as that is known without waiting.
         """
         self._check_vector("index", index, (len(self.lengths),), 0, len(self.lengths) - 1)
-        for buffer in (self.keys, self.values, self.lengths):
-            buffer.copy_(buffer[index])
+        buffers = (self.keys, self.values, self.lengths)
+        # All or nothing, should there be no memory for one of the copies.
+        for buffer, copy in zip(buffers, [buffer[index] for buffer in buffers], strict=True):
+            buffer.copy_(copy)
 
     def truncate(self, lengths: int | Tensor) -> None:
         """Forget tokens from the end, such as rejected guesses: no sequence is longer than ``lengths``, an int or [B].

@@ -11,6 +11,8 @@ from ..errors import UnsupportedInput
 
 # Bytes of keys and values that programs under way may share without crowding the second-level cache.
 SHARED_BYTES = 16 << 20
+# What numbers of 32 bits end before: programs of a launch, and what kernels number in the width that comes.
+FAR = 1 << 31
 
 
 class Arguments:
@@ -76,7 +78,8 @@ class Arguments:
         """A tensor [B, H, rows, columns] with contiguous columns, as kernels take it."""
         strides = [0 if size == 1 else step for size, step in zip(tensor.shape[:3], tensor.stride(), strict=False)]
         unit = 16 // tensor.itemsize
-        unit = 1 if any(step % unit for step in strides) else unit
+        # Kernels multiply a row's stride by the unit in the width of the stride: 32 bits, where it fits those.
+        unit = 1 if any(step % unit for step in strides) or strides[2] >= FAR else unit
         return self._matrix(tensor, *(step // unit for step in strides), self._constant(unit))
 
     def blank(self, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
@@ -115,7 +118,8 @@ class Arguments:
         """Among how many programs to split the keys of a few queries; 0 is for the plain kernel."""
         batch, _, M, N = self.sizes
         group = self.constants["GROUP"]
-        if self.packed or not N or group * M > tiles.rows:
+        # The kernel that puts parts together numbers all rows in 32 bits.
+        if self.packed or not N or group * M > tiles.rows or batch * self.heads_kv * group * M >= FAR:
             return 0
         return self._tuning.decode_splits(self.device, batch * self.heads_kv, group * M, group, -(-N // tiles.columns))
 
@@ -138,6 +142,17 @@ def blocks(tiles) -> dict[str, int]:
     return {
         "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages
     }  # fmt: skip
+
+
+def grid(programs: int) -> tuple[int]:
+    """A launch's grid.
+
+    Raises:
+        UnsupportedInput: if no launch can have as many programs.
+    """
+    if programs >= FAR:
+        raise UnsupportedInput(f"attention: a launch has fewer than 2^31 tiles, got {programs}; divide the batch")
+    return (programs,)
 
 
 def with_columns(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .attention_arguments import Arguments, blocks, with_columns
+from .attention_arguments import Arguments, blocks, grid, with_columns
 
 # Tiles of kernels that multiply nothing.
 ROWS = 64
@@ -27,7 +27,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor, 
         _decode(given, splits, tiles, out, lse, rows)
         return out, lse, rows
     tiles = given.tiles("attention_forward")
-    count = given.count(tiles.rows)
+    (count,) = grid(given.count(tiles.rows))
     programs = min(count, tiles.persistent * given.device.multiprocessors) if tiles.persistent else count
     attention_forward_kernel[(programs,)](
         given.q, given.k, given.v, given.matrix(out), lse, *rows, *given.descriptors(tiles),
@@ -44,11 +44,11 @@ def _decode(given: Arguments, splits: int, tiles, out: Tensor, lse: Tensor, rows
     constants, count = given.constants, lse.numel()
     part = torch.empty(splits, count, constants["DV"], dtype=torch.float32, device=out.device)
     part_max, part_sum = torch.empty(2, splits, count, dtype=torch.float32, device=out.device)
-    attention_decode_kernel[(batch * given.heads_kv * splits,)](
+    attention_decode_kernel[grid(batch * given.heads_kv * splits)](
         given.q, given.k, given.v, part, part_max, part_sum, given.features, given.sequences,
         given.heads_kv, M, N, splits, **constants, **blocks(tiles.fitting(constants["GROUP"] * M)),
     )  # fmt: skip
-    attention_combine_kernel[(-(-count // COMBINED_ROWS),)](
+    attention_combine_kernel[grid(-(-count // COMBINED_ROWS))](
         part, part_max, part_sum, out, lse, *rows, given.features, count, heads, M, splits, DV=constants["DV"],
         BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=COMBINED_ROWS, num_warps=4,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def backward(
     statistics = torch.empty(*rows.shape[1:], 4, dtype=torch.float32, device=q.device)
     heads, M = q.shape[1:3]
     if statistics.numel():
-        kernels.attention_backward_delta_kernel[(q.shape[0] * heads * -(-M // ROWS),)](
+        kernels.attention_backward_delta_kernel[grid(q.shape[0] * heads * -(-M // ROWS))](
             given.matrix(out), given.matrix(dout), None if dlse is None else dlse.contiguous(), *rows,
             statistics, heads, M,
             DV=given.constants["DV"], BLOCK_DV=given.constants["BLOCK_DV"], BLOCK_M=ROWS, num_warps=4,
@@ -86,7 +86,7 @@ def _dq(given: Arguments, inputs: tuple, q: Tensor) -> Tensor:
 
     dq, tiles = given.blank(q.shape, q.dtype), given.tiles("attention_backward_dq")
     if dq.numel():
-        attention_backward_dq_kernel[(given.count(tiles.rows),)](
+        attention_backward_dq_kernel[grid(given.count(tiles.rows))](
             *inputs, given.matrix(dq), given.features, given.sequences, *given.sizes, given.section(),
             **given.constants, **blocks(tiles),
         )  # fmt: skip
@@ -99,7 +99,7 @@ def _dkdv(given: Arguments, inputs: tuple, k: Tensor, v: Tensor) -> tuple[Tensor
     dk, dv = given.blank(k.shape, k.dtype), given.blank(v.shape, v.dtype)
     tiles, (batch, _, M, N) = given.tiles("attention_backward_dkdv"), given.sizes
     if dk.numel():
-        attention_backward_dkdv_kernel[(given.count(tiles.columns, over_keys=True),)](
+        attention_backward_dkdv_kernel[grid(given.count(tiles.columns, over_keys=True))](
             *inputs, given.matrix(dk), given.matrix(dv), given.features, given.sequences, batch,
             given.heads_kv, M, N, given.section(over_keys=True), **given.constants, **blocks(tiles),
         )  # fmt: skip
@@ -122,7 +122,7 @@ def _dmask(given: Arguments, inputs: tuple, mask: Tensor) -> Tensor:
         return torch.zeros_like(mask)
     tiles = given.tiles("attention_backward_bias")
     count = given.count(tiles.columns if sum_m else tiles.rows, sum_m, heads // copies, batches)
-    attention_backward_bias_kernel[(count * (1 if apart else -(-N // tiles.columns)),)](
+    attention_backward_bias_kernel[grid(count * (1 if apart else -(-N // tiles.columns)))](
         *inputs, found, given.features, given.sequences, *given.sizes, batches, copies, **given.constants,
         SUM_M=sum_m, SUM_N=sum_n, **blocks(tiles),
     )  # fmt: skip
@@ -149,7 +149,7 @@ def weights(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, *options) -> Tensor:
     if found.numel():
         tiles = given.tiles("attention_weights")
         constants = {name: given.constants[name] for name in ("GROUP", "D", "BLOCK_D", "PRECISION")}
-        attention_weights_kernel[(batch * -(-M // tiles.rows) * -(-N // tiles.columns),)](
+        attention_weights_kernel[grid(batch * -(-M // tiles.rows) * -(-N // tiles.columns))](
             given.q, given.k, *rows, found, given.features, given.sequences, *given.sizes, **constants,
             **blocks(tiles),
         )  # fmt: skip

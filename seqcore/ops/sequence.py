@@ -185,7 +185,7 @@ def step(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, Tens
         plan = plans.make_step(layer.shape(backward=False), describe(x.device))
         first, rest = plans.split(cell.gates, plan.padded)
         bias = w.b_ih is not None
-        kernels.recurrence_step_kernel[(plan.groups, layer.blocks * plan.slices)](
+        kernels.recurrence_step_kernel[(plan.groups * layer.blocks * plan.slices,)](
             x, w.w_ih.contiguous(), w.b_ih if bias else x, w.w_hh.contiguous(), w.b_hh if bias else x, h, c,
             y, h_n, c_n, kept.cells, kept.saved, batch, x.stride(0), h.stride(0), c.stride(0),
             STEP=cell.device_functions()[0], GATES=cell.gates, SAVED=cell.saved, HAS_C=has_c, BIAS=bias,
@@ -277,7 +277,7 @@ def _saved(
         h_gates = by_block.unflatten(-1, (cell.gates, -1)).permute(1, 2, 0, 3).reshape(rows, gates)
         if w.b_hh is not None:
             h_gates += w.b_hh
-        pointwise.pointwise_kernel[(-(-rows // tiles.rows), -(-hidden // tiles.columns))](
+        pointwise.pointwise_kernel[(-(-rows // tiles.rows) * -(-hidden // tiles.columns),)](
             buffer[d], h_gates, h, h if c is None else c, saved[d], rows, hidden, buffer.stride(1), saved.stride(1),
             STEP=cell.device_functions()[0], GATES=cell.gates, EXTRA=cell.extra, SAVED=cell.saved, HAS_C=cell.has_c,
             BLOCK_B=tiles.rows, BLOCK_H=tiles.columns, num_warps=tiles.num_warps,

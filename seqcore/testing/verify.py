@@ -1,9 +1,11 @@
 """The numerics of every kernel on the device at hand: each result against float64, within the error budget.
 
 On a GPU the kernels run compiled, in every dtype and at sizes that fill many tiles; interpreted on a CPU the shapes
-are small. Each case runs twice, and the two results must agree in every bit.
+are small. Each case runs twice, and the two results must agree in every bit; ``guarded``, the first time between guard
+bands, so that what a kernel touches beside its tensors is found, too, before it does harm.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -14,6 +16,7 @@ from ..journal import Journal
 from .attention_cases import attentions
 from .budget import check_budget
 from .cases import Case, Results, dtype_name, floats_as, recurrences
+from .guarded import guarded as guards
 from .precision import float32_products
 from .shares import Share
 
@@ -51,7 +54,11 @@ def dtypes() -> tuple[torch.dtype, ...]:
 
 
 def verify(
-    device: torch.device, only: str = "", journal: Journal | None = None, share: Share | None = None
+    device: torch.device,
+    only: str = "",
+    journal: Journal | None = None,
+    share: Share | None = None,
+    guarded: bool = False,
 ) -> Iterator[Row]:
     """Run every case in every dtype on ``device``, which is a GPU, or the CPU in a process that interprets kernels.
 
@@ -65,7 +72,7 @@ def verify(
         if journal is not None:
             problems = journal.suspects_last(problems, lambda problem: _name(*problem))
         for case, dtype in problems:
-            yield from _tried(case, dtype) if journal is None else _journalled(case, dtype, journal)
+            yield from _tried(case, dtype, guarded) if journal is None else _journalled(case, dtype, journal, guarded)
 
 
 def _problems(device: torch.device) -> list[tuple[Case, torch.dtype]]:
@@ -88,16 +95,16 @@ def _name(case: Case, dtype: torch.dtype) -> str:
     return f"{case.name} {dtype_name(dtype)}"
 
 
-def _journalled(case: Case, dtype: torch.dtype, journal: Journal) -> list[Row]:
+def _journalled(case: Case, dtype: torch.dtype, journal: Journal, guarded: bool) -> list[Row]:
     """The problem's rows from the journal, or judged now and written there."""
     name = _name(case, dtype)
     if name not in journal:
         journal.begin(name)
-        journal.add(name, [asdict(row) for row in _tried(case, dtype)])
+        journal.add(name, [asdict(row) for row in _tried(case, dtype, guarded)])
     return [Row(**row) for row in journal.done[name]]
 
 
-def _tried(case: Case, dtype: torch.dtype) -> list[Row]:
+def _tried(case: Case, dtype: torch.dtype, guarded: bool = False) -> list[Row]:
     """The problem's rows; of one that raises, a row for each of its kernels, since any of them may be at fault.
 
     Raises:
@@ -105,7 +112,7 @@ def _tried(case: Case, dtype: torch.dtype) -> list[Row]:
         OSError: of the machine, of which no kernel can be at fault.
     """
     try:
-        return list(_judge(case, dtype))
+        return list(_judge(case, dtype, guarded))
     except OSError:
         raise
     except Exception as error:
@@ -117,9 +124,11 @@ def _tried(case: Case, dtype: torch.dtype) -> list[Row]:
         return [Row(kernel, case.name, NO_RESULT, dtype_name(dtype), **errors) for kernel in kernels]
 
 
-def _judge(case: Case, dtype: torch.dtype) -> Iterator[Row]:
+def _judge(case: Case, dtype: torch.dtype, guarded: bool) -> Iterator[Row]:
     inputs, exact, eager = yardsticks(case, dtype)
-    actual, again = compute(case, inputs, "triton"), compute(case, inputs, "triton")
+    with guards() if guarded else contextlib.nullcontext():
+        actual = compute(case, inputs, "triton")
+    again = compute(case, inputs, "triton")
     for quantity, result in actual.items():
         budget = check_budget(result, exact[quantity], eager[quantity])
         yield Row(

@@ -9,6 +9,8 @@ from .kinds import Guard, Promise
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {
+    "memory": "Memory",
+    "limits": "Sizes and their limits",
     "concurrency": "Several at once",
     "numerics": "Numbers",
 }

@@ -1,0 +1,234 @@
+"""Sizes beyond 16 and 31 bits where nothing has to run, and memory that runs out."""
+
+import pytest
+import torch
+from torch import nn
+
+import seqcore
+from seqcore import UnsupportedInput, functional
+from seqcore.devices import INTERPRETED, pretending
+from seqcore.kernels.tuning import Device
+from seqcore.nn import KVCache
+from seqcore.ops import attention_launch
+from seqcore.ops import recurrence as recurrence_ops
+
+from .attention_twins import features, operands, qkv
+from .attention_twins import results as attention_results
+from .effort import effort
+from .exhaustion import assert_recovers, failures
+from .recurrence_twins import masks, ours, packed, problem, results
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+MANY = 70_000
+META = {"device": "meta"}
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """(kernel, grid) of each launch, none of which runs; tensors of device meta are taken to be on a GPU."""
+    from triton.runtime import jit
+
+    found = []
+
+    def record(kernel, grid):
+        return lambda *_, **__: found.append((kernel.fn.__name__, grid))
+
+    monkeypatch.setattr(jit.JITFunction, "__getitem__", record)
+    with pretending(Device("sm_90")):
+        yield found
+
+
+def assert_launchable(grids, least):
+    """CUDA's grids end at 2^31 - 1 programs along x and at 65,535 along y and z."""
+    assert len({kernel for kernel, _ in grids}) >= least
+    assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for _, grid in grids), grids
+
+
+# Batch, heads, queries and keys.
+HUGE = {
+    "batch": (MANY, 2, 5, 7),
+    "heads": (2, MANY, 5, 7),
+    "queries": (2, 2, MANY, 7),
+    "keys": (2, 2, 40, MANY),
+    "a single query": (2, 2, 1, MANY),
+    "all": (2**12, 2**6, 2**17, 2**17),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "masked", "packed"])
+@pytest.mark.parametrize("size", HUGE)
+def test_attention_fits_into_grids(size, kind, grids):
+    B, H, M, N = HUGE[size]
+    options = {} if kind == "plain" else {"causal": "top_left"}
+    if kind == "packed":
+        ends = torch.empty(B + 1, dtype=torch.int32, **META)
+        B, M, N, options = 1, B * M, B * N, options | {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    for shape in {"masked": [(1, 1, M, N), (B, H, M, 1), (1, 1, 1, N), (1, H, 1, 1)]}.get(kind, [None]):
+        mask = None if shape is None else torch.empty(shape, dtype=torch.float16, **META)
+        settings, tensors = operands(
+            *qkv(B, H, M=M, N=N, D=64, dtype=torch.float16, **META), attn_mask=mask, **options
+        )
+        out, lse, rows = attention_launch.forward(*tensors, *settings)
+        wanted = [True, True, True, mask is not None, False]
+        attention_launch.backward(out, lse, out, rows, wanted, *tensors, *settings)
+        if kind != "packed" and B * M * N < 2**40:
+            attention_launch.weights(rows, *tensors, *settings)
+    assert_launchable(grids, 4 + (kind == "masked"))
+
+
+@pytest.mark.parametrize("sizes", [(2**31, 1, 1, 7), (1, 2**27, 2**11, 7)], ids=["sequences", "tiles"])
+def test_more_tiles_than_a_grid_has_are_refused(sizes, grids):
+    B, H, M, N = sizes
+    settings, tensors = operands(*qkv(B, H, M=M, N=N, D=64, dtype=torch.float16, **META))
+    with pytest.raises(UnsupportedInput, match=r"fewer than 2\^31 tiles, got"):
+        attention_launch.forward(*tensors, *settings)
+    assert grids == []
+
+
+def test_more_rows_than_are_put_together_go_through_the_plain_kernel(grids):
+    for batch, expected in ((2**26, "attention_decode_kernel"), (2**27, "attention_forward_kernel")):
+        settings, tensors = operands(*qkv(batch, 4, heads_kv=1, M=4, N=7, D=16, dtype=torch.float16, **META))
+        grids.clear()
+        attention_launch.forward(*tensors, *settings)
+        assert grids[0][0] == expected
+        assert_launchable(grids, 1)
+
+
+# Steps, batch, inputs, units of a block and blocks.
+LONG = {
+    "steps": (MANY, 5, 16, 64, 1),
+    "batch": (3, 2**24, 16, 64, 1),
+    "inputs": (3, 5, MANY, 64, 1),
+    "blocks": (3, 5, 16, 16, MANY),
+    "one step of a batch": (1, 2**24, 16, 64, 1),
+    "one step of blocks": (1, 5, 16, 16, MANY),
+    "one step of units": (1, 5, 16, 2**21, 1),
+}
+
+
+@pytest.mark.parametrize("save", [True, False], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("size", LONG)
+def test_recurrences_fit_into_grids(size, save, grids):
+    T, B, I, units, blocks = LONG[size]
+    H = units * blocks
+    made = lambda *shape: torch.empty(shape, dtype=torch.float16, **META)
+    recurrent = (4 * H, H) if blocks == 1 else (4, blocks, units, units)
+    weights = [made(4 * H, I), made(*recurrent), made(4 * H), made(4 * H)]
+    given = ("lstm", made(T, B, I), made(1, B, H), made(1, B, H), weights, 1, True, None, None, None)
+    y, h_n, c_n, *kept = recurrence_ops._forward(*given, save, True)
+    if size != "one step of units":
+        # Whose weights do not fit any device's programs.
+        recurrence_ops._backward(*given, y, *kept, y, h_n, c_n, None, None, True)
+    assert_launchable(grids, 1 if size == "one step of units" else 2 + (not save))
+
+
+# --- out of memory ----------------------------------------------------------------------------------------------------
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="for the ordinary process"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
+
+
+@pytest.mark.parametrize("kind", ["plain", "everything", "averaged weights"])
+def test_attention_runs_out_of_memory(kind, by_the_function):
+    options = features(2, 2, 5, 7)["everything" if kind == "everything" else "plain"]
+    if kind == "averaged weights":
+        options |= {"return_weights": "average", "causal": "top_left"}
+    tensors = qkv(2, 2, heads_kv=1)
+    assert_recovers(
+        lambda: attention_results(functional.attention, *tensors, return_lse=True, enable_gqa=True, **options), 20
+    )
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_other_backends_run_out_of_memory(backend):
+    tensors = qkv(2, 2)
+
+    def run():
+        with seqcore.use_backend(backend):
+            return attention_results(functional.attention, *tensors, causal="top_left")
+
+    assert_recovers(run, 3)
+
+
+RECURRENCES = {
+    "lstm": ("lstm", {"num_layers": 2, "dropout": 0.5}, {"grad_clip": 0.1}, "padded"),
+    "gru": ("gru", {}, {"recompute": True, "zoneout": 0.3}, "masked"),
+    "lstm_proj": ("lstm_proj", {"bidirectional": True}, {}, "packed"),
+    "rnn_tanh": ("rnn_tanh", {}, {}, "masked"),
+}
+
+
+def recurrence(name):
+    """A run of the module."""
+    cell, options, own, form = RECURRENCES[name]
+    twin, x, hx = problem(cell, T=4, H=4, **options)
+    module = ours(twin, None, **own).train()
+    x = packed(x, [2, 4, 1, 4, 3]) if form == "packed" else x
+
+    def run():
+        # What is drawn is aside.
+        torch.manual_seed(0)
+        return results(module, x, hx, **(masks() if form == "masked" else {}))
+
+    return run
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_recurrences_run_out_of_memory(name, by_the_function):
+    assert_recovers(recurrence(name), 50)
+
+
+@pytest.mark.parametrize("name", ["attention", *RECURRENCES])
+def test_what_launches_kernels_runs_out_of_memory(name, by_the_function, grids):
+    """What the operators do before and after launches, none of which runs."""
+    options = {**features(2, 2, 5, 7)["everything"], "return_lse": True}
+    attention = lambda: attention_results(functional.attention, *qkv(2, 2), **options)
+    run = attention if name == "attention" else recurrence(name)
+    assert failures(run, step=effort(4, 1)) > 20
+    assert len(grids) > 10
+
+
+@pytest.mark.parametrize("kind", [seqcore.nn.MultiheadAttention, seqcore.nn.LSTMCell], ids=lambda kind: kind.__name__)
+def test_modules_run_out_of_memory(kind, by_the_function):
+    x = torch.randn(3, 8, requires_grad=True)
+    module = kind(8, 2)
+
+    def run():
+        out = (module(x, x, x) if isinstance(module, nn.MultiheadAttention) else module(x))[0]
+        return {"out": out, "gradient": torch.autograd.grad(out.sum(), x)[0]}
+
+    assert_recovers(run, 10)
+
+
+TOKENS = qkv(3, 4, heads_kv=2, M=2, N=2, D=6, DV=5)[1:]
+CHANGES = {
+    "update": lambda cache: cache.update(*TOKENS),
+    "ragged update": lambda cache: cache.update(*TOKENS, torch.tensor([2, 0, 1])),
+    "reset": lambda cache: cache.reset(torch.tensor([2, 0])),
+    "reset of one": lambda cache: cache.reset(1),
+    "reset of all": lambda cache: cache.reset(),
+    "reorder": lambda cache: cache.reorder(torch.tensor([2, 0, 0])),
+    "truncate": lambda cache: cache.truncate(torch.tensor([1, 3, 0])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_runs_out_of_memory(change):
+    """Whatever fails, it holds what it held, and then does what one does that never failed."""
+    caches = [KVCache(3, 2, 12, 6, 5) for _ in range(2)]
+    for cache in caches:
+        cache.update(*TOKENS, torch.tensor([1, 2, 2]))
+        cache.update(*TOKENS)
+    failed, other = caches
+
+    def held():
+        """Keys and values of all tokens, and how many there are."""
+        lengths = failed.lengths.tolist()
+        return [(n, *(t[b, :, :n].tolist() for t in (failed.keys, failed.values))) for b, n in enumerate(lengths)]
+
+    assert failures(lambda: CHANGES[change](failed), held) >= (change in ("reorder", "update"))
+    CHANGES[change](other)
+    assert all(torch.equal(a, b) for a, b in zip(failed.buffers(), other.buffers(), strict=True))
