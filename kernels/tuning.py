@@ -36,6 +36,7 @@ class Device:
 
     ``arch`` is "sm_90", "gfx942", … or "interpreter"; ``shared_memory`` is bytes a program may use, ``registers``
     the 32-bit registers of one multiprocessor. What is left 0 is that of the architecture's common data-centre part.
+    What is no string, or no integer, raises ValueError.
     """
 
     arch: str
@@ -44,6 +45,12 @@ class Device:
     registers: int = 65536
 
     def __post_init__(self) -> None:
+        numbers = (self.multiprocessors, self.shared_memory, self.registers)
+        if not isinstance(self.arch, str) or any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(
+                "Device: arch must be a string, such as 'sm_90', and all else integers that are not negative, got "
+                f"{self.arch!r} and {numbers}"
+            )
         multiprocessors, shared_memory = TYPICAL.get(self.arch, (1, 1 << 30))
         object.__setattr__(self, "multiprocessors", self.multiprocessors or multiprocessors)
         object.__setattr__(self, "shared_memory", self.shared_memory or shared_memory)

@@ -72,7 +72,7 @@ def check_backend(name: str, origin: str = "backend") -> str:
     Raises:
         InvalidInput: otherwise.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise InvalidInput(f"unknown {origin}: got {name!r}, allowed are {', '.join(map(repr, BACKENDS))}")
     return name
 
@@ -195,7 +195,17 @@ def explain(
 
     Returns:
         A printable list with one :class:`Explanation` a call.
+
+    Raises:
+        InvalidInput: if ``function`` cannot be called, or ``device`` is no Device; and what the call raises.
     """
+    if not callable(function):
+        raise InvalidInput(f"explain: function must be callable, got {type(function).__name__}; inputs come after it")
+    if device is not None and not isinstance(device, Device):
+        raise InvalidInput(
+            f"explain: device must be a seqcore.Device, such as Device('sm_90'), or None for the tensors' own, got "
+            f"{type(device).__name__}"
+        )
     before = _local.explanations, _local.pretend
     _local.explanations, _local.pretend = explanations, _ = _Explanations(), device
     try:

@@ -10,6 +10,9 @@ import torch
 from .errors import InvalidInput
 from .reference import cells as plain
 
+# More tiles than this no program holds at once.
+MOST_GATES = 64
+
 _registry: dict[str, "Cell"] = {}
 
 
@@ -58,13 +61,22 @@ class Cell:
     saved: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.states not in (("h",), ("h", "c")):
+        if not isinstance(self.name, str) or not self.name:
+            raise InvalidInput(f"cell: name must be a str, got {self.name!r}; it is what the cell is registered by")
+        if not isinstance(self.states, tuple) or self.states not in (("h",), ("h", "c")):
             raise InvalidInput(f"cell {self.name!r}: states must be ('h',) or ('h', 'c'), got {self.states!r}")
-        if not isinstance(self.gates, int) or self.gates < 1:
-            raise InvalidInput(f"cell {self.name!r}: gates must be a positive integer, got {self.gates!r}")
+        if not isinstance(self.gates, int) or isinstance(self.gates, bool) or not 1 <= self.gates <= MOST_GATES:
+            raise InvalidInput(
+                f"cell {self.name!r}: gates must be a positive integer, got {self.gates!r}; allowed are up to "
+                f"{MOST_GATES}, of each of which a program holds a tile"
+            )
+        self._check_functions()
         before = _registry.get(self.name)
         if before is not None and before._origin != self._origin:
-            raise InvalidInput(f"a cell named {self.name!r} exists already, from {before._origin}; choose another name")
+            raise InvalidInput(
+                f"a cell named {self.name!r} exists already, from {before._origin}, got another from {self._origin}; "
+                "choose another name"
+            )
         object.__setattr__(self, "saved", self._count_saved())
         _registry[self.name] = self
 
@@ -79,7 +91,26 @@ class Cell:
 
     @property
     def _origin(self) -> str:
-        return f"{self.reference.__module__}.{self.reference.__qualname__}"
+        # A partial, or an object that is called, has no name of its own.
+        named = self.reference if hasattr(self.reference, "__qualname__") else type(self.reference)
+        return f"{named.__module__}.{named.__qualname__}"
+
+    def _check_functions(self) -> None:
+        for role in ("step", "step_backward", "reference", "reference_backward"):
+            function = getattr(self, role)
+            # Empty where no kernel is ever launched.
+            named = role.startswith("step") and isinstance(function, str) and function.count(":") == bool(function)
+            if not (callable(function) or named or (role == "reference_backward" and function is None)):
+                allowed = 'a function, or "module:function"' if role.startswith("step") else "a function"
+                raise InvalidInput(
+                    f"cell {self.name!r}: {role} must be {allowed}, got {function!r}; docs/write-a-cell.md shows each"
+                )
+        for flag in ("apart", "saves_output"):
+            if not isinstance(getattr(self, flag), bool):
+                raise InvalidInput(
+                    f"cell {self.name!r}: {flag} must be True or False, got {getattr(self, flag)!r}; leave it out if "
+                    "in doubt"
+                )
 
     def _count_saved(self) -> int:
         """How many tensors a step saves for backward, by making one."""
@@ -92,9 +123,16 @@ class Cell:
                 f"cell {self.name!r}: reference(x_gates, h_gates, state), with {self.gates} gates and "
                 f"{len(self.states)} states in tuples, must return (state, saved), two tuples; it raised {error!r}"
             ) from error
+        for returned in (state, saved):
+            if not isinstance(returned, tuple) or not all(isinstance(part, torch.Tensor) for part in returned):
+                raise InvalidInput(
+                    f"cell {self.name!r}: reference must return (state, saved), two tuples of Tensors, got "
+                    f"{type(returned).__name__} for one; a tuple of one is (h,)"
+                )
         if len(state) != len(self.states):
             raise InvalidInput(
-                f"cell {self.name!r}: reference must return {len(self.states)} states, got {len(state)}"
+                f"cell {self.name!r}: reference must return {len(self.states)} states, got {len(state)}; those are "
+                f"{self.states!r}"
             )
         return len(saved)
 
@@ -126,9 +164,9 @@ def find(cell: "Cell | str") -> Cell:
     """
     if isinstance(cell, Cell):
         return cell
-    if cell not in _registry:
+    if not isinstance(cell, str) or cell not in _registry:
         names = ", ".join(repr(name) for name, known in _registry.items() if not known.extra)
-        raise InvalidInput(f"unknown cell {cell!r}: allowed are {names}, or a seqcore.Cell")
+        raise InvalidInput(f"unknown cell: got {cell!r}, allowed are {names}, or a seqcore.Cell")
     return _registry[cell]
 
 

@@ -150,6 +150,11 @@ def _chosen(
     """Each candidate once, with its first name and a remark on the others."""
     if not isinstance(model, torch_nn.Module):
         raise InvalidInput(f"seqcore.{action}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise InvalidInput(
+            f"seqcore.{action}: filter_fn must be a function of a name and a module, or None, got "
+            f"{type(filter_fn).__name__}"
+        )
     places: dict[torch_nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_candidate(module):

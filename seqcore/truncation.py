@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .errors import InvalidInput
+from .functional.arguments import check_strided
 from .functional.recurrence import State
-from .functional.values import readable
+from .functional.recurrence_layout import check_lengths, check_reset
 from .nn import GRU, LSTM, RNN
 
 
@@ -61,7 +62,7 @@ def truncated_bptt(
     if not input.shape[time]:
         raise InvalidInput(f"truncated_bptt: needs at least one time step, got input {list(input.shape)}")
     if lengths is not None or reset is not None:
-        _check_masks(module, input, time, lengths, reset)
+        lengths, reset = _checked_masks(module, input, lengths, reset)
     # Apart from the generator, so that what is wrong raises here and not at the first chunk.
     return _chunks(module, input, steps, time, hx, lengths, reset)
 
@@ -91,6 +92,7 @@ def _check_input(input: Tensor, steps: int) -> None:
         raise InvalidInput(
             f"truncated_bptt: input must be a Tensor [T, B, I], [B, T, I] with batch_first=True, or [T, I], got {got}"
         )
+    check_strided("truncated_bptt", "input", input)
     if input.grad_fn is not None and torch.is_grad_enabled():
         raise InvalidInput(
             "truncated_bptt: input has a graph of its own, which the first chunk's backward would free; run what is "
@@ -101,10 +103,10 @@ def _check_input(input: Tensor, steps: int) -> None:
         raise InvalidInput(f"truncated_bptt: steps must be an integer of at least 1, got {steps!r}")
 
 
-def _check_masks(
-    module: nn.RNNBase, input: Tensor, time: int, lengths: Tensor | Sequence[int] | None, reset: Tensor | None
-) -> None:
-    """Raise for what the module, which sees one chunk at a time, could not know."""
+def _checked_masks(
+    module: nn.RNNBase, input: Tensor, lengths: Tensor | Sequence[int] | None, reset: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``lengths`` as int64, and ``reset``: of whole sequences, which the module, given a chunk, could not check."""
     module = getattr(module, "_orig_mod", module)
     if not isinstance(module, (RNN, GRU, LSTM)):
         raise InvalidInput(
@@ -113,17 +115,9 @@ def _check_masks(
         )
     if input.dim() != 3:
         raise InvalidInput("truncated_bptt: lengths= and reset= need a batched 3-D input, got 2-D; add a dimension")
-    if reset is not None and (not isinstance(reset, Tensor) or reset.shape != input.shape[:2]):
-        got = list(reset.shape) if isinstance(reset, Tensor) else type(reset).__name__
-        raise InvalidInput(f"truncated_bptt: reset must be a bool Tensor {list(input.shape[:2])}, got {got}")
-    lengths = None if lengths is None else torch.as_tensor(lengths)
-    if lengths is not None and readable(lengths) and lengths.numel():
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > input.shape[time]:
-            raise InvalidInput(
-                f"truncated_bptt: lengths must lie in 0 … {input.shape[time]}, those of whole sequences, got "
-                f"{low} … {high}"
-            )
+    x = input.transpose(0, 1) if module.batch_first else input
+    check_reset("truncated_bptt", reset, x, module.batch_first)
+    return check_lengths("truncated_bptt", lengths, x), reset
 
 
 def _chunks(
@@ -132,7 +126,7 @@ def _chunks(
     steps: int,
     time: int,
     hx: State | None,
-    lengths: Tensor | Sequence[int] | None,
+    lengths: Tensor | None,
     reset: Tensor | None,
 ) -> Iterator[tuple[Tensor, State]]:
     for start in range(0, input.shape[time], steps):
@@ -140,7 +134,7 @@ def _chunks(
         x = input[:, here] if time else input[here]
         options: dict[str, Any] = {}
         if lengths is not None:
-            options["lengths"] = (torch.as_tensor(lengths) - start).clamp(0, x.shape[time])
+            options["lengths"] = (lengths - start).clamp(0, x.shape[time])
         if reset is not None:
             options["reset"] = reset[:, here] if time else reset[here]
         y, hx = module(x, hx, **options)

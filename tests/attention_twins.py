@@ -57,6 +57,16 @@ def reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     return functional.attention(query, key, value, attn_mask=attn_mask, return_lse=True, backend="reference", **options)
 
 
+def attending(backend: str) -> Callable:
+    """seqcore's attention by a backend, with the log-sum-exp where that does not force another one upon "auto"."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options):
+        options |= {"attn_mask": attn_mask, "backend": backend, "return_lse": backend == "reference"}
+        return functional.attention(query, key, value, **options)
+
+    return attend
+
+
 def features(B: int, H: int, M: int, N: int, **options) -> dict[str, dict[str, Any]]:
     """Options by name: each of attention's features, and all together; tensors are made with ``options``."""
     slopes = torch.linspace(-0.1, 0.5, H, **options)

@@ -35,7 +35,7 @@ TENSORS = {
     "devices": ({"value": (QKV[2], META)}, "one device, got .*value torch.float32 on meta"),
     "leading dimensions": (
         {"key": (3, H, N, D)},
-        r"leading dimensions do not broadcast: query \[2, 4, 5, 6\], key \[3, 4, 7, 6\], value \[2, 4, 7, 6\]",
+        r"leading dimensions do not broadcast, got query \[2, 4, 5, 6\], key \[3, 4, 7, 6\], value \[2, 4, 7, 6\]",
     ),
     "heads": ({"key": (B, 2, N, D), "value": (B, 2, N, D)}, "enable_gqa=True lets groups of query heads share"),
     "groups": (

@@ -24,7 +24,7 @@ def test_every_test_and_file_that_is_named_exists(document):
     files = {path.name for folder in ("tests", "benchmarks") for path in (ROOT / folder).glob("*.py")}
     assert named <= defined, f"no such tests: {named - defined}"
     assert set(re.findall(r"\btest_\w+\.py\b", text)) <= files
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+    for link in re.findall(r"\]\(([^)#:]+)\)", re.sub(r"(`+).*?\1", "", text)):
         assert (document.parent / link).exists(), f"no such file: {link}"
 
 

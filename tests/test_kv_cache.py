@@ -339,11 +339,14 @@ WRONG = {
     "long lengths": (lambda c: c.update(K, V, torch.tensor([0, 3, 1])), "lie in 0 … 2, got 0 … 3"),
     "negative lengths": (lambda c: c.update(K, V, torch.tensor([0, -1, 1])), "lie in 0 … 2, got -1 … 1"),
     "reset of no sequence": (lambda c: c.reset(3), "an int in 0 … 2, got 3"),
+    "reset of True": (lambda c: c.reset(True), "an int in 0 … 2, got True"),
     "reset of wrong sequences": (lambda c: c.reset(torch.tensor([0, 3])), "index must lie in 0 … 2, got 0 … 3"),
     "reset of a mask": (lambda c: c.reset(torch.ones(B) > 0), "index must be .* int32 or int64 .* got .* torch.bool"),
     "reorder too few": (lambda c: c.reorder(torch.tensor([0, 1])), r"index must be \[3\] .* got \[2\]"),
     "reorder out of range": (lambda c: c.reorder(torch.tensor([0, 1, -1])), "lie in 0 … 2, got -1 … 1"),
     "truncate to less than 0": (lambda c: c.truncate(-1), "not negative, got -1"),
+    "truncate to more than int64": (lambda c: c.truncate(2**63), "not negative, got 9223372036854775808; at most"),
+    "truncate to True": (lambda c: c.truncate(True), "not negative, got True"),
     "truncate each below 0": (lambda c: c.truncate(torch.tensor([0, -2, 0])), "at least 0, got -2"),
 }
 

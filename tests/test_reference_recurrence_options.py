@@ -104,9 +104,12 @@ def test_grad_clip_bounds_each_step_before_it_travels_on(cell, bound):
 
 @pytest.mark.parametrize("bound", [0, -1.0, float("nan"), "1"])
 def test_bad_bounds(bound):
-    module = seqcore.nn.GRU(I, H, grad_clip=bound)
+    module = seqcore.nn.GRU(I, H)
+    module.grad_clip = bound
     with pytest.raises(InvalidInput, match="GRU: grad_clip must be a positive number, got"):
         module(torch.zeros(T, B, I))
+    with pytest.raises(InvalidInput, match="GRU: grad_clip must be a positive number, got"):
+        seqcore.nn.GRU(I, H, grad_clip=bound)
 
 
 # --- return_cells ---------------------------------------------------------------------------------------------------

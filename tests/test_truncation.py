@@ -173,8 +173,8 @@ WRONG = {
     "got \\[4\\]": (lambda m, x: (m, x[0, 0], 2), {}),
     "at least one time step": (lambda m, x: (m, x[:0], 2), {}),
     "need a module of seqcore.nn": (lambda m, x: (nn.GRU(4, 3), x, 2), {"lengths": [1] * 5}),
-    "0 … 3, those of whole sequences, got 1 … 4": (lambda m, x: (m, x, 2), {"lengths": [1, 2, 3, 4, 1]}),
-    "got \\[2, 5\\]": (lambda m, x: (m, x, 2), {"reset": torch.zeros(2, 5, dtype=torch.bool)}),
+    "lengths must lie in 0 … 3, got 1 … 4": (lambda m, x: (m, x, 2), {"lengths": [1, 2, 3, 4, 1]}),
+    "got torch.bool \\[2, 5\\]": (lambda m, x: (m, x, 2), {"reset": torch.zeros(2, 5, dtype=torch.bool)}),
     "got 2-D": (lambda m, x: (m, x[:, 0], 2), {"lengths": [1]}),
 }
 

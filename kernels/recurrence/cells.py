@@ -44,7 +44,7 @@ def rnn_relu_step(x_gates, h_gates, state):
 
 @triton.jit
 def rnn_relu_step_backward(saved, state, new_state, dstate):
-    da = tl.where(saved[0] > 0.0, dstate[0], 0.0)
+    da = tl.where(saved[0] <= 0.0, 0.0, dstate[0])
     return (da,), (da,), (tl.zeros_like(da),)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import attention as ops
 from ..reference import attention as reference
+from ..reference import packed as packed_reference
 from .batching import vmapped
 
 
@@ -61,7 +62,7 @@ class AttentionFunction(torch.autograd.Function):
 def _differentiable_backward(settings, dout, dlse, wanted, tensors):
     q, k, v, mask, _, sinks, *_ = tensors
     with torch.enable_grad():
-        result = reference.attention(q, k, v, **ops.named(*tensors[3:], *settings))
+        result = packed_reference.attention(q, k, v, **ops.named(*tensors[3:], *settings))
     # lse does not depend on v, and requires no gradient if v alone does.
     pairs = [(y, dy) for y, dy in ((result.out, dout), (result.lse, dlse)) if dy is not None and y.requires_grad]
     if not pairs:

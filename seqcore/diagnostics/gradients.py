@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+from ..functional.arguments import check_decades
 from .flow import Flow, GradientFlow
 from .magnitude import DECADES
 from .recording import Recorder, following, time_dim
@@ -63,7 +64,8 @@ def gradient_flow(
     neural networks" (2013).
     """
     model, loss = _checked(model, loss, inputs, kwargs)
-    watch = dict(watch) if isinstance(watch, Mapping) else dict.fromkeys([watch] if isinstance(watch, str) else watch)
+    check_decades("gradient_flow", decades)
+    watch = _named(watch)
     recorder = Recorder()
     with following(model, watch, recorder), _uncompiled(), torch.inference_mode(False), torch.enable_grad():
         value = loss(model(*_seen(model, inputs, recorder), **kwargs))
@@ -85,7 +87,7 @@ def _checked(
             loss = lambda output: _last_attended(model, output[0], kwargs.get("key_padding_mask"))
         else:
             raise InvalidInput(
-                f"gradient_flow: {type(model).__name__} needs loss=, a function from what it returns to a scalar; only "
+                f"gradient_flow: {type(model).__name__} needs loss=, a function to a scalar, got None; only "
                 "a recurrence or attention module by itself has a default, its last step's output"
             )
     if not callable(loss):
@@ -93,6 +95,19 @@ def _checked(
             f"gradient_flow: loss must be a function from the model's output to a scalar, got {type(loss).__name__}"
         )
     return model, loss
+
+
+def _named(watch: Iterable[str] | Mapping[str, int]) -> dict[str, int | None]:
+    """The submodules to watch, and the dimension of time of each, None where it is not given."""
+    if isinstance(watch, Mapping):
+        return dict(watch)
+    iterable = isinstance(watch, Iterable) and not isinstance(watch, Tensor)
+    names = [watch] if isinstance(watch, str) else list(watch) if iterable else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise InvalidInput(
+            f"gradient_flow: watch must name submodules by their dotted names, got {watch!r}; pass a list of str"
+        )
+    return dict.fromkeys(names)
 
 
 def _last_states(module: nn.RNNBase, output: tuple) -> Tensor:

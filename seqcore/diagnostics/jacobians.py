@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..functional import recurrence
+from ..functional.arguments import FLOATS, check_decades, check_strided
 from ..functional.recurrence import State
 from ..functional.recurrence_checks import check_cell, check_sequence
 from ..functional.recurrence_problem import Options
@@ -102,6 +103,8 @@ class StepJacobians:
         if not self._finite.all():
             t = int((~self._finite).any(1).nonzero()[0])
             return f"∂s_t/∂s_(t-1) is not finite at t = {t:,}"
+        if not len(self._largest):
+            return "there is no sequence, and so no product of J_t"
         said, dead = "the largest singular value of the product of J_t", int((self._largest == -math.inf).sum())
         if dead < len(self._largest):
             said += " " + change(self._decades, self.growth, len(self.matrices), self.decades)
@@ -186,7 +189,12 @@ def step_jacobians(
 
     Source: Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks" (2013).
     """
+    check_decades("step_jacobians", decades)
     advance, x, parts = _prepared(getattr(step, "_orig_mod", step), x, state)
+    if not sum(part.shape[-1] for part in parts):
+        raise InvalidInput(
+            "step_jacobians: the state must have at least one element, got a width of 0; give it a hidden size above 0"
+        )
     before = _trajectory(advance, x, parts)
     return StepJacobians(_differentiated(advance, x, before), decades)
 
@@ -197,6 +205,7 @@ def _prepared(step, x: Tensor, state: State | None) -> tuple[Advance, Tensor, tu
     if not isinstance(x, Tensor) or x.dim() < 2 or not x.shape[time_dim(x, batch_first)]:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise InvalidInput(f"step_jacobians: x must be a Tensor [T, B, …] of at least one step, got {got}")
+    check_strided("step_jacobians", "x", x)
     if isinstance(step, nn.RNNBase):
         return _of_layer(step, x, state)
     if isinstance(step, tuple(CELLS)):
@@ -257,10 +266,12 @@ def _of_cell(cell: nn.RNNCellBase, x: Tensor, hx: State | None) -> tuple[Advance
 def _of_function(function: Callable[[Tensor, State], State]) -> Advance:
     def advance(x_t, parts):
         new = function(x_t, parts if len(parts) > 1 else parts[0])
-        new = (new,) if isinstance(new, Tensor) else tuple(new)
+        new = tuple(new) if isinstance(new, (tuple, list)) else (new,)
         got = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in new]
-        if got != [list(part.shape) for part in parts]:
-            wanted = [list(part.shape) for part in parts]
+        wanted = [list(part.shape) for part in parts]
+        if got == wanted:
+            got = [list(part.shape) if part.is_floating_point() else str(part.dtype) for part in new]
+        if got != wanted:
             raise InvalidInput(
                 f"step_jacobians: step must return a state like the one it is given, here {wanted}, got {got}; each "
                 "row is a sequence, and there may be any number"
@@ -271,9 +282,10 @@ def _of_function(function: Callable[[Tensor, State], State]) -> Advance:
 
 
 def _parts(state: State, batch: int) -> tuple[Tensor, ...]:
-    parts = (state,) if isinstance(state, Tensor) else tuple(state)
-    for part in parts:
-        if not isinstance(part, Tensor) or not part.is_floating_point() or part.dim() != 2 or len(part) != batch:
+    parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+    for part in parts or (None,):
+        strided = isinstance(part, Tensor) and part.layout == torch.strided and part.dtype in FLOATS
+        if not strided or part.dim() != 2 or len(part) != batch:
             got = f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
             raise InvalidInput(
                 f"step_jacobians: state must be floating point [{batch}, S] or a tuple of such, one row for each "

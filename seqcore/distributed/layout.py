@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InvalidInput
+from ..functional.arguments import shown
 from ..functional.sharded import sharded
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -32,6 +33,12 @@ def group_of(group: Group) -> dist.ProcessGroup:
             )
         return group.get_group()
     group = dist.group.WORLD if group is None else group
+    outside = dist.GroupMember.NON_GROUP_MEMBER
+    if not isinstance(group, dist.ProcessGroup) and not (type(group) is type(outside) and group == outside):
+        raise InvalidInput(
+            "seqcore.distributed: group must be a process group, a one-dimensional DeviceMesh, or None for the default "
+            f"group, got {shown(group)}"
+        )
     if dist.get_rank(group) < 0:
         raise InvalidInput(
             f"seqcore.distributed: this process, {dist.get_rank()}, is not in the group; call in its members only"
@@ -40,7 +47,11 @@ def group_of(group: Group) -> dist.ProcessGroup:
 
 
 def check_plain(name: str, *tensors: Tensor) -> None:
-    """Raise for DTensors, which know their layout themselves."""
+    """Raise for what is no tensor, and for DTensors, which know their layout themselves."""
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout != torch.strided:
+            got = f"one of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InvalidInput(f"{name}: takes a process's own part as a dense tensor, got {got}")
     if sharded(*tensors):
         raise InvalidInput(f"{name}: takes a process's own part as a plain tensor, got a DTensor; pass its to_local()")
 
@@ -56,6 +67,13 @@ def check_parts(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
 def check_layout(layout: str) -> None:
     if layout not in LAYOUTS:
         raise InvalidInput(f"seqcore.distributed: layout must be 'contiguous' or 'zigzag', got {layout!r}")
+
+
+def _check_dim(name: str, tensor: Tensor, dim: int) -> None:
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -tensor.dim() <= dim < tensor.dim():
+        raise InvalidInput(
+            f"{name}: dim must be an integer that names one of the dimensions of {list(tensor.shape)}, got {shown(dim)}"
+        )
 
 
 def _chunks(rank: int, ranks: int, layout: str) -> tuple[int, ...]:
@@ -75,6 +93,7 @@ def shard_sequence(tensor: Tensor, dim: int, group: Group = None, layout: str = 
     """
     check_layout(layout)
     check_plain("shard_sequence", tensor)
+    _check_dim("shard_sequence", tensor, dim)
     group = group_of(group)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     count = ranks * (1 if layout == "contiguous" else 2)
@@ -91,6 +110,7 @@ def gather_sequence(tensor: Tensor, dim: int, group: Group = None, layout: str =
     """The whole of what :func:`shard_sequence` divided, on every process; not differentiable."""
     check_layout(layout)
     check_plain("gather_sequence", tensor)
+    _check_dim("gather_sequence", tensor, dim)
     group = group_of(group)
     ranks = dist.get_world_size(group)
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(ranks)]

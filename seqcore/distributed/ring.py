@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..autograd.attention import Settings as AttentionSettings
 from ..errors import InvalidInput, UnsupportedInput
+from ..functional.arguments import check_flags
 from ..functional.attention import check_operator
 from ..functional.autocast import cast
 from ..ops import attention as ops
@@ -63,6 +64,7 @@ def ring_attention(
     """
     check_layout(layout)
     group = group_of(group)
+    check_flags("ring_attention", causal=causal, enable_gqa=enable_gqa, return_lse=return_lse)
     check_parts("ring_attention", query, key, value)
     shapes = [list(t.shape) for t in (query, key, value)]
     heads = {shape[1] for shape in (shapes if not enable_gqa else shapes[1:])}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import functional
 from ..errors import InvalidInput
+from ..functional.arguments import is_number
 from ..functional.autocast import cast
 from .layout import Group, check_parts, group_of
 
@@ -52,8 +53,10 @@ def ulysses_attention(
             )
     for name in ("return_weights", "cu_seqlens_q", "cu_seqlens_k"):
         if options.get(name) is not None:
-            raise InvalidInput(f"ulysses_attention: takes no {name}; gather the sequence for functional.attention")
-    if options.get("dropout_p") and options.get("dropout_seed") is None:
+            raise InvalidInput(
+                f"ulysses_attention: takes no {name}, got one; gather the sequence for functional.attention"
+            )
+    if is_number(options.get("dropout_p")) and options["dropout_p"] and options.get("dropout_seed") is None:
         options["dropout_seed"] = torch.randint(2**62, (1,), device=query.device)
     options |= _of_heads(options, query.shape[1], rank, ranks)
     found = functional.attention(*(_exchange(t, 1, 2, group) for t in cast(query, key, value)), **options)
@@ -66,11 +69,20 @@ def ulysses_attention(
 def _of_heads(options: dict[str, Any], heads: int, rank: int, ranks: int) -> dict[str, Any]:
     """The options that differ between heads, for the heads of this process."""
     mine = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
-    found = {name: options[name][mine] for name in _BY_HEAD if isinstance(options.get(name), Tensor)}
+    found = {}
+    for name in _BY_HEAD:
+        vector = options.get(name)
+        if isinstance(vector, Tensor):
+            if vector.shape != (heads,):
+                raise InvalidInput(
+                    f"ulysses_attention: {name} must be those of all heads, [{heads}], got {list(vector.shape)}"
+                )
+            found[name] = vector[mine]
     mask, seed = options.get("attn_mask"), options.get("dropout_seed")
     if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] == heads > 1:
         found["attn_mask"] = mask[..., mine, :, :]
-    if seed is not None:
+    # What is no seed functional.attention refuses.
+    if type(seed) is int or (isinstance(seed, Tensor) and seed.dtype == torch.int64):
         # Dropout counts heads from 0 on each process; they must not all drop alike.
         found["dropout_seed"] = seed + rank
     return found

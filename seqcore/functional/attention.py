@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import backends, devices
 from ..autograd import attention as autograd
 from ..capabilities import Request, transforms_active
-from ..reference import attention as reference
+from ..reference import packed as reference
+from .arguments import check_flags
 from .attention_checks import Problem, check_attention
 from .autocast import cast, target_dtype
 from .sharded import sharded
@@ -52,6 +53,7 @@ def scaled_dot_product_attention(
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
+    check_flags("scaled_dot_product_attention", is_causal=is_causal)
     if is_causal and attn_mask is not None:
         raise backends.InvalidInput(
             "scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True; "
@@ -107,6 +109,12 @@ def attention(
         return_weights: also return the weights in out's dtype: "average", [*, M, N], their mean over heads, made
             without a matrix of each head; or "per_head", [*, H, M, N], in plain PyTorch. Not with cu_seqlens.
 
+    What is not finite stays behind lengths, and within its sequence of cu_seqlens: no other result and no other
+    gradient hangs on it (on "reference" where cu_seqlens can be read: on a CPU, not traced). Masks, causality and
+    windows promise less, for 0 times NaN is NaN: a key hidden by a bool mask, by causality or by a window reaches no
+    out and no lse of those who do not see it, but may reach gradients; a value hidden so, or a key hidden by an
+    additive -inf, may reach all. Give padding as lengths.
+
     Returns:
         out [*, H, M, DV], zeros for queries that may see no key; then what was asked for: lse, -inf for those; weights.
 
@@ -116,7 +124,7 @@ def attention(
     """
     problem = check_attention(
         query, key, value, attn_mask, causal, scale, window, softcap, alibi_slopes, sinks, query_lengths, key_lengths,
-        cu_seqlens_q, cu_seqlens_k, dropout_p, dropout_seed, enable_gqa, return_weights,
+        cu_seqlens_q, cu_seqlens_k, dropout_p, dropout_seed, enable_gqa, return_lse, return_weights,
     )  # fmt: skip
     request = _request(problem, return_lse, return_weights)
     if request.sharded and return_weights == "per_head":
@@ -155,8 +163,9 @@ def check_operator(
         "dropout_seed", "return_weights",
     ))  # fmt: skip
     problem = check_attention(
-        query, key, value, scale=scale, softcap=softcap, sinks=sinks, enable_gqa=enable_gqa, dropout_p=0.0, **absent
-    )
+        query, key, value, scale=scale, softcap=softcap, sinks=sinks, enable_gqa=enable_gqa, dropout_p=0.0,
+        return_lse=True, **absent,
+    )  # fmt: skip
     backends.check_operator(_request(problem, return_lse=True, return_weights=None))
     return problem.scale
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
+from .arguments import check_flags, is_number, is_size
 from .autocast import autocasting, target_dtype
 from .values import readable
 
@@ -48,6 +49,7 @@ def check_attention(
     dropout_p: float,
     dropout_seed: int | Tensor | None,
     enable_gqa: bool,
+    return_lse: bool,
     return_weights: str | None,
 ) -> Problem:
     """The ``Problem`` that these arguments of ``functional.attention`` pose.
@@ -55,16 +57,17 @@ def check_attention(
     Raises:
         InvalidInput: for wrong ranks, sizes, dtypes, devices or combinations.
     """
+    check_flags(NAME, enable_gqa=enable_gqa, return_lse=return_lse)
     _check_tensors(query, key, value)
     lead, grouped = _check_heads(query, key, value, enable_gqa)
     M, N = query.shape[-2], key.shape[-2]
     if causal not in (None, "top_left", "lower_right"):
         raise InvalidInput(f"{NAME}: causal must be None, 'top_left' or 'lower_right', got {causal!r}")
-    if scale is not None and not (_is_number(scale) and abs(scale) <= LARGEST):
+    if scale is not None and not (is_number(scale) and abs(scale) <= LARGEST):
         raise InvalidInput(f"{NAME}: scale must be a number that float32 holds, or None, got {scale!r}")
-    if not (_is_number(dropout_p) and 0 <= dropout_p <= 1):
+    if not (is_number(dropout_p) and 0 <= dropout_p <= 1):
         raise InvalidInput(f"{NAME}: dropout_p must be a number in 0 … 1, got {dropout_p!r}")
-    if not (_is_number(softcap) and 0 <= softcap <= LARGEST):
+    if not (is_number(softcap) and 0 <= softcap <= LARGEST):
         raise InvalidInput(f"{NAME}: softcap must be positive and within float32, or 0 for none, got {softcap!r}")
     if return_weights not in (None, "average", "per_head"):
         raise InvalidInput(f"{NAME}: return_weights must be None, 'average' or 'per_head', got {return_weights!r}")
@@ -96,7 +99,7 @@ def check_attention(
         query, key, value, attn_mask, causal, query.shape[-1] ** -0.5 if scale is None else float(scale), lead, grouped,
         seeded=dropout_seed is not None,
         options={
-            "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
+            "window": window, "softcap": float(softcap), "alibi_slopes": alibi_slopes, "sinks": sinks,
             "query_lengths": query_lengths, "key_lengths": key_lengths, "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_k": cu_seqlens_k, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
         },
@@ -113,6 +116,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"{NAME}: {name} must not be a nested tensor; pass padded tensors and key_lengths, or sequences end to "
                 "end and cu_seqlens"
             )
+        if tensor.layout != torch.strided:
+            raise InvalidInput(f"{NAME}: {name} must be a dense tensor, got {tensor.layout}; pass its to_dense()")
         if tensor.dim() < 2:
             raise InvalidInput(f"{NAME}: {name} must be at least 2-D, [*, rows, head dim], got {list(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -153,7 +158,7 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
     except RuntimeError:
         hint = "" if enable_gqa else "; enable_gqa=True lets groups of query heads share a key head"
         shapes = _shapes(query, key, value)
-        raise InvalidInput(f"{NAME}: leading dimensions do not broadcast: {shapes}{hint}") from None
+        raise InvalidInput(f"{NAME}: leading dimensions do not broadcast, got {shapes}{hint}") from None
     return (*lead, query.shape[-3]) if grouped else tuple(lead), grouped
 
 
@@ -179,15 +184,11 @@ def _check_mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> N
         raise InvalidInput(f"{NAME}: attn_mask must broadcast to {list(shape)}, got {list(mask.shape)}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
-
-
 def _check_window(window: tuple[int | None, int | None] | None) -> None:
     if window is None:
         return
     sides = window if isinstance(window, tuple | list) else ()
-    if len(sides) != 2 or any(side is not None and not (isinstance(side, int) and 0 <= side < 2**31) for side in sides):
+    if len(sides) != 2 or not all(side is None or is_size(side, least=0) for side in sides):
         raise InvalidInput(
             f"{NAME}: window must be (left, right), each None, which is unbounded, or an integer in 0 … 2^31 - 1, got "
             f"{window}"
@@ -198,7 +199,7 @@ def _seed(seed: int | Tensor | None, query: Tensor) -> Tensor | None:
     """The seed as an int64 tensor of one element."""
     if seed is None:
         return None
-    if isinstance(seed, int) and -(2**63) <= seed < 2**63:
+    if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63:
         return torch.tensor([seed], device=query.device)
     if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == query.device:
         return seed.reshape(1)

@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import InvalidInput
 from ..reference.sizes import is_zero
+from .arguments import check_flags, check_probability, check_strided
+from .recurrence_layout import check_packed
 from .recurrence_problem import Options, Problem
 
 
@@ -37,18 +39,24 @@ def locked_dropout(
     Merity et al., "Regularizing and Optimizing LSTM Language Models" (2018), AWD-LSTM.
     """
     check_probability("locked_dropout", p)
+    check_flags("locked_dropout", training=training, batch_first=batch_first)
     packed = isinstance(input, PackedSequence)
     x = input.data if packed else input
     if not isinstance(x, Tensor):
         raise InvalidInput(f"locked_dropout: input must be a Tensor or a PackedSequence, got {type(input).__name__}")
-    if not x.is_floating_point():
-        raise InvalidInput(f"locked_dropout: needs floating point, got {x.dtype}")
+    check_strided("locked_dropout", "input", x)
+    if not x.is_floating_point() or x.dtype.itemsize == 1:
+        raise InvalidInput(
+            f"locked_dropout: needs floating point, got {x.dtype}; allowed are 16 bits and more, made with .to(dtype)"
+        )
     ranks = (2,) if packed else (2, 3)
     if x.dim() not in ranks:
         raise InvalidInput(
             f"locked_dropout: input must be [T, B, F], [B, T, F] with batch_first=True, [T, F], or a PackedSequence of "
             f"rows [R, F], got {list(x.shape)}"
         )
+    if packed and not torch.compiler.is_compiling():
+        check_packed("locked_dropout", input)
     if not training or p == 0:
         return input
     if not packed:
@@ -56,11 +64,6 @@ def locked_dropout(
     batch = int(input.batch_sizes[0]) if input.sorted_indices is None else input.sorted_indices.shape[0]
     rows = drop_packed(x, p, input.batch_sizes, batch, input.sorted_indices)
     return PackedSequence(rows, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-
-
-def check_probability(name: str, p: float) -> None:
-    if not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise InvalidInput(f"{name}: dropout probability has to be between 0 and 1, but got {p!r}")
 
 
 def check_locked(name: str, locked: bool) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..reference.recurrence import wide
 from ..reference.sizes import is_among
+from .arguments import check_base, check_factory, check_flags, check_sizes, is_size, shown
 
 
 def sinusoidal_positions(
@@ -28,7 +29,8 @@ def sinusoidal_positions(
     Source: Vaswani et al., "Attention Is All You Need" (2017), 3.5.
     """
     _check_positions("sinusoidal_positions", positions)
-    _check_progression("sinusoidal_positions", "dim", dim, base)
+    check_progression("sinusoidal_positions", "dim", dim, base)
+    check_factory("sinusoidal_positions", None, dtype)
     angles = _angles(positions, dim, base)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(dtype or torch.get_default_dtype())
 
@@ -59,7 +61,7 @@ def rotary(
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), 3.2.
     """
-    dims = _check_rotary(x, positions, base, dims)
+    dims = _check_rotary(x, positions, base, interleaved, dims)
     angles = _angles(positions, dims, base)
     if positions.dim() == 2:
         angles = angles.reshape(positions.shape[0], *(1,) * (x.dim() - 3), *angles.shape[1:])
@@ -90,8 +92,8 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None, dtype: to
 
     Source: Press et al., "Train Short, Test Long" (2022), 3, and the ``get_slopes`` they published.
     """
-    if not isinstance(heads, int) or heads < 1:
-        raise InvalidInput(f"alibi_slopes: heads must be a positive integer, got {heads!r}")
+    check_sizes("alibi_slopes", heads=heads)
+    check_factory("alibi_slopes", device, dtype)
     power = 1 << (heads.bit_length() - 1)
     # Made on the device: a list would be copied there, which waits for it and cannot be captured in a CUDA graph.
     whole = torch.arange(1, power + 1, device=device, dtype=torch.float64)
@@ -102,7 +104,7 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None, dtype: to
 def _angles(positions: Tensor, width: int, base: float) -> Tensor:
     """position * base^(-2i/width) for i < width/2: [*, width/2] in float64."""
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / -width
-    return positions.to(torch.float64)[..., None] * base**exponents
+    return positions.to(torch.float64)[..., None] * float(base) ** exponents
 
 
 def _check_positions(name: str, positions: Tensor) -> None:
@@ -114,15 +116,16 @@ def _check_positions(name: str, positions: Tensor) -> None:
         raise InvalidInput(f"{name}: positions must be integers or floating point, got {positions.dtype}")
 
 
-def _check_progression(name: str, what: str, width: int, base: float) -> None:
-    if not isinstance(width, int) or width < 2 or width % 2:
-        raise InvalidInput(f"{name}: {what} must be even and positive, got {width!r}")
-    if not base > 0:
-        raise InvalidInput(f"{name}: base must be positive, got {base}")
+def check_progression(name: str, what: str, width: int, base: float) -> None:
+    """Raise InvalidInput for what no pairs of features can have: an odd width, or wavelengths of no progression."""
+    if not is_size(width) or width % 2:
+        raise InvalidInput(f"{name}: {what} must be even and positive, got {shown(width)}; at most 2^31 - 1")
+    check_base(name, base)
 
 
-def _check_rotary(x: Tensor, positions: Tensor, base: float, dims: int | None) -> int:
+def _check_rotary(x: Tensor, positions: Tensor, base: float, interleaved: bool, dims: int | None) -> int:
     """How many features are rotated."""
+    check_flags("rotary", interleaved=interleaved)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         got = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise InvalidInput(f"rotary: x must be a floating-point Tensor [*, M, D], got {got}")
@@ -135,7 +138,7 @@ def _check_rotary(x: Tensor, positions: Tensor, base: float, dims: int | None) -
     if positions.device != x.device:
         raise InvalidInput(f"rotary: positions must be on x's device {x.device}, got {positions.device}")
     dims = D if dims is None else dims
-    _check_progression("rotary", "dims, or the last dimension of x without it,", dims, base)
+    check_progression("rotary", "dims, or the last dimension of x without it,", dims, base)
     if dims > D:
         raise InvalidInput(f"rotary: dims must be at most the last dimension of x, {D}, got {dims}")
     return dims

@@ -203,7 +203,7 @@ def recurrence(
 
 
 def _rnn_cell_name(nonlinearity: str) -> str:
-    if nonlinearity not in ("tanh", "relu"):
+    if not isinstance(nonlinearity, str) or nonlinearity not in ("tanh", "relu"):
         raise backends.InvalidInput(f"unknown nonlinearity: got {nonlinearity!r}, allowed are 'tanh' and 'relu'")
     return f"rnn_{nonlinearity}"
 

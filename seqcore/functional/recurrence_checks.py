@@ -1,6 +1,7 @@
 """What a recurrence may be given. Everything is checked here, before any launch, and brought into one form."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from ..cells import find
 from ..errors import InvalidInput
 from ..reference.recurrence import Weights, group, hidden_size
 from ..reference.sizes import is_zero
+from .arguments import FLOATS, check_clip, check_flags, check_probability, check_strided
 from .autocast import target_dtype
 from .dropout import check_locked
+from .recurrence_layout import check_lengths, check_packed, check_reset, packed_batch
 from .recurrence_problem import Options, Problem
-from .values import readable
 from .zoneout import probabilities
 
 
@@ -36,12 +38,13 @@ def check_sequence(
     x = input if packed is None else packed.data
     if not isinstance(x, Tensor):
         raise InvalidInput(f"{name}: expected input to be a Tensor or a PackedSequence, got {type(x).__name__}")
+    check_strided(name, "input", x)
     unbatched = False
     if packed is not None:
         if x.dim() != 2:
             raise InvalidInput(f"{name}: a PackedSequence's data must have 2 dimensions, got {x.dim()}")
         if not torch.compiler.is_compiling():
-            _check_batch_sizes(name, packed.batch_sizes, x.shape[0])
+            check_packed(name, packed)
     else:
         if x.dim() not in (2, 3):
             raise InvalidInput(
@@ -58,9 +61,15 @@ def check_sequence(
     directions = 2 if options.bidirectional else 1
     grouped = _check_weights(name, cell, x, weights, options.num_layers, options.bias, directions)
     hidden = hidden_size(grouped[0][0].w_hh, find(cell).gates)
+    first = grouped[0][0]
+    if is_zero(x.shape[-1]) or is_zero(first.w_hh.numel()):
+        raise InvalidInput(
+            f"{name}: input_size, hidden_size and proj_size must be greater than zero, got w_ih "
+            f"{list(first.w_ih.shape)} and w_hh {list(first.w_hh.shape)}; give each at least one feature"
+        )
     outputs = hidden if grouped[0][0].w_hr is None else grouped[0][0].w_hr.shape[0]
     zoneout = probabilities(name, find(cell), options.zoneout, projected=grouped[0][0].w_hr is not None)
-    batch = x.shape[1] if packed is None else _packed_batch(packed, hx)
+    batch = x.shape[1] if packed is None else packed_batch(packed, hx)
     layers = options.num_layers * directions
     h0, c0 = _check_state(name, cell, x, hx, unbatched, packed, layers, batch, hidden, outputs)
     if packed is not None and (lengths is not None or reset is not None):
@@ -70,8 +79,8 @@ def check_sequence(
         )
     if unbatched and (lengths is not None or reset is not None):
         raise InvalidInput(f"{name}: lengths= and reset= need a batched 3-D input, got 2-D; add a batch dimension")
-    lengths = _check_lengths(name, lengths, x)
-    reset = _check_reset(name, reset, x, batch_first)
+    lengths = check_lengths(name, lengths, x)
+    reset = check_reset(name, reset, x, batch_first)
     if options.reset_hx is not None:
         if reset is None:
             raise InvalidInput(f"{name}: reset_hx goes with reset=, which says where to put it in; got no reset")
@@ -94,6 +103,10 @@ def check_cell(cell: str, input: Tensor, hx, weights: Weights) -> Problem:
     name = f"{_shown(cell)}Cell"
     if not isinstance(input, Tensor):
         raise InvalidInput(f"{name}: expected input to be a Tensor, got {type(input).__name__}")
+    for kind, w in zip(("w_ih", "w_hh"), weights, strict=False):
+        if not isinstance(w, Tensor):
+            raise InvalidInput(f"{name}: weights must be Tensors, got {type(w).__name__} as {kind}")
+    check_strided(name, "input", input)
     if input.dim() not in (1, 2):
         raise InvalidInput(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     unbatched = input.dim() == 1
@@ -119,8 +132,9 @@ def check_cell(cell: str, input: Tensor, hx, weights: Weights) -> Problem:
 def _check_weights(
     name: str, cell: str, x: Tensor, weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int
 ) -> list[list[Weights]]:
-    if num_layers < 1:
-        raise InvalidInput(f"{name}: num_layers must be greater than zero, got {num_layers}")
+    if isinstance(weights, (Tensor, str, bytes)) or not isinstance(weights, Iterable):
+        raise InvalidInput(f"{name}: weights must be a list of Tensors, got {type(weights).__name__}")
+    weights = list(weights)
     for w in weights:
         if not isinstance(w, Tensor):
             raise InvalidInput(f"{name}: weights must be Tensors, got {type(w).__name__}")
@@ -161,8 +175,8 @@ def _check_recurrent(name: str, cell: str, w_hh: Tensor, projected: bool) -> tup
     if len(shape) == 4:
         if projected:
             raise InvalidInput(f"{name}: block-diagonal recurrent weights do not go with a projection; drop one")
-        if shape[0] != count or shape[2] != shape[3]:
-            raise InvalidInput(f"{name}: w_hh in blocks must be [{count}, N, H/N, H/N], got {shape}")
+        if shape[0] != count or shape[2] != shape[3] or is_zero(shape[1]):
+            raise InvalidInput(f"{name}: w_hh in blocks must be [{count}, N, H/N, H/N], got {shape}; N is at least 1")
         return count * shape[1] * shape[2], shape[1] * shape[2], shape[1] * shape[2]
     if len(shape) != 2 or shape[0] % count:
         raise InvalidInput(
@@ -181,12 +195,15 @@ def _shown(cell: str) -> str:
 
 
 def _check_options(name: str, cell: str, options: Options) -> None:
-    if not 0 <= options.dropout <= 1:
-        raise InvalidInput(f"dropout probability has to be between 0 and 1, but got {options.dropout}")
+    flags = ("bias", "batch_first", "training", "bidirectional", "recompute", "return_cells")
+    check_flags(name, **{flag: getattr(options, flag) for flag in flags})
+    check_probability(name, options.dropout)
     check_locked(name, options.locked)
-    clip = options.grad_clip
-    if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
-        raise InvalidInput(f"{name}: grad_clip must be a positive number, got {clip!r}; leave it out not to clip")
+    check_clip(name, options.grad_clip)
+    if not isinstance(options.num_layers, Integral) or options.num_layers < 1:
+        raise InvalidInput(
+            f"{name}: num_layers must be greater than zero, got {options.num_layers!r}; pass as many as weights are for"
+        )
     if options.return_cells and not find(cell).has_c:
         raise InvalidInput(f"{name}: return_cells=True needs a cell with c, as the LSTM has; {name} keeps only h")
 
@@ -197,8 +214,12 @@ def _check_alike(name: str, role: str, what: str, x: Tensor, other: Tensor) -> N
             f"{name}: input and {role} must be on one device, got input on {x.device} and {what} on {other.device}; "
             "move one with .to(device)"
         )
-    if not other.is_floating_point() or not x.is_floating_point():
-        raise InvalidInput(f"{name}: needs floating point, got input {x.dtype} and {what} {other.dtype}")
+    check_strided(name, what, other)
+    if other.dtype not in FLOATS or x.dtype not in FLOATS:
+        raise InvalidInput(
+            f"{name}: needs floating point, got input {x.dtype} and {what} {other.dtype}; allowed are "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in FLOATS)}, made with .to(dtype)"
+        )
     # Autocast brings all dtypes together but float64, which it leaves as it is.
     if other.dtype != x.dtype and target_dtype(other) != target_dtype(x):
         raise InvalidInput(
@@ -262,66 +283,3 @@ def _labelled(states: list[Tensor]) -> list[tuple[str, Tensor]]:
     if len(states) == 1:
         return [("hidden", states[0])]
     return [(f"hidden[{index}]", state) for index, state in enumerate(states)]
-
-
-def _check_batch_sizes(name: str, batch_sizes: Tensor, rows: int) -> None:
-    """Whether a PackedSequence holds together, which one made by hand may not."""
-    sizes = batch_sizes.tolist()
-    if not sizes or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != rows:
-        raise InvalidInput(
-            f"{name}: a PackedSequence's batch_sizes must not increase, be at least 1 and sum up to its {rows} rows of "
-            f"data, got {sizes if len(sizes) < 10 else [*sizes[:9], '…']} (sum {sum(sizes)}); "
-            "make one with torch.nn.utils.rnn.pack_padded_sequence"
-        )
-
-
-def _packed_batch(packed: PackedSequence, hx) -> int:
-    """The number of sequences, if possible without looking at values, which a traced graph could not do."""
-    if packed.sorted_indices is not None:
-        return packed.sorted_indices.shape[0]
-    state = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
-    if torch.compiler.is_compiling() and isinstance(state, Tensor) and state.dim() == 3:
-        # The operator compares it with batch_sizes when it runs.
-        return state.shape[1]
-    return int(packed.batch_sizes[0])
-
-
-def _check_lengths(name: str, lengths: Tensor | None, x: Tensor) -> Tensor | None:
-    if lengths is None:
-        return None
-    time, batch = x.shape[:2]
-    if not isinstance(lengths, Tensor):
-        try:
-            lengths = torch.as_tensor(lengths)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidInput(f"{name}: lengths must be integers, got {lengths!r}") from error
-    if lengths.device.type != "cpu" and lengths.device != x.device:
-        raise InvalidInput(f"{name}: lengths must be on the CPU or the input's device {x.device}, got {lengths.device}")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise InvalidInput(f"{name}: lengths must be integers, got {lengths.dtype}")
-    if tuple(lengths.shape) != (batch,):
-        raise InvalidInput(f"{name}: lengths must be [{batch}], one a sequence, got {list(lengths.shape)}")
-    # Values that are not looked at may be anything: too long means T, and negative means 0.
-    if readable(lengths) and batch:
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > time:
-            raise InvalidInput(f"{name}: lengths must lie in 0 … {time}, got {low} … {high}")
-    # Rows are counted in them, and there may be more rows than a narrow integer holds.
-    return lengths.to(x.device, torch.int64)
-
-
-def _check_reset(name: str, reset: Tensor | None, x: Tensor, batch_first: bool) -> Tensor | None:
-    if reset is None:
-        return None
-    if not isinstance(reset, Tensor):
-        raise InvalidInput(f"{name}: reset must be a bool Tensor, got {type(reset).__name__}")
-    expected = tuple(x.shape[:2])
-    if batch_first:
-        expected = expected[::-1]
-    if reset.dtype != torch.bool or tuple(reset.shape) != expected:
-        raise InvalidInput(
-            f"{name}: reset must be bool of shape {list(expected)}, got {reset.dtype} {list(reset.shape)}"
-        )
-    if reset.device != x.device:
-        raise InvalidInput(f"{name}: reset must be on the input's device {x.device}, got {reset.device}")
-    return reset.transpose(0, 1) if batch_first else reset

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..backends import check_backend, resolve
 from ..errors import InvalidInput
+from ..functional.arguments import check_flags, check_truth
 from ..functional.autocast import autocasting
 from ..reference.recurrence import wide
 from ..reference.sizes import is_among
@@ -53,6 +54,7 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
+        check_flags("MultiheadAttention", alibi=alibi)
         if backend is not None:
             check_backend(backend)
         with self._as_torch():
@@ -115,7 +117,8 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
 
         Args:
             query, key, value: [M, B, E], [N, B, kdim], [N, B, vdim], in the module's layout.
-            key_padding_mask: [B, N] ([N] unbatched); True, or -inf, marks keys to ignore.
+            key_padding_mask: [B, N] ([N] unbatched); True, or -inf, marks keys to ignore. What they hold is to be
+                finite, as in torch: a weight of 0 times NaN is NaN.
             need_weights: also return the weights.
             attn_mask: [M, N] or [B * H, M, N]; True marks pairs that may NOT attend, floats are added.
             average_attn_weights: average them over heads, [B, M, N], without a matrix of each; else [B, H, M, N].
@@ -131,6 +134,8 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+        check_truth("MultiheadAttention", **flags)
         if is_causal and attn_mask is None and cache is None:
             raise InvalidInput(
                 "MultiheadAttention: is_causal is a hint about attn_mask, got attn_mask=None; pass the causal mask "
@@ -165,7 +170,13 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
             k, v, options["key_lengths"] = cache.update(k, v)
             options["causal"] = "lower_right"
         kind = ("average" if average_attn_weights else "per_head") if need_weights else None
-        found = functional.attention(q, k, v, **options, return_weights=kind, backend=self.backend)
+        try:
+            found = functional.attention(q, k, v, **options, return_weights=kind, backend=self.backend)
+        except Exception:
+            if cache is not None:
+                # Nobody attended to them, and whoever tries again, on another backend say, will append them again.
+                cache.take_back(key.shape[1])
+            raise
         out, weights = found if need_weights else (found, None)
         weights = weights if weights is None or batched else weights.squeeze(0)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
@@ -294,6 +305,11 @@ class _Masks:
                 raise InvalidInput(f"MultiheadAttention: {name} must be a Tensor or None, got {type(mask).__name__}")
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise InvalidInput(f"MultiheadAttention: {name} must be bool or floating point, got {mask.dtype}")
+            if mask.device != q.device or mask.layout != torch.strided:
+                raise InvalidInput(
+                    f"MultiheadAttention: {name} must be a dense tensor on the query's device {q.device}, got "
+                    f"{mask.layout} on {mask.device}"
+                )
             if not is_among(mask.shape, allowed[name]):
                 shapes = " or ".join(str(list(shape)) for shape in allowed[name])
                 raise InvalidInput(f"MultiheadAttention: {name} must be {shapes}, got {list(mask.shape)}")

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..capabilities import transforms_active
 from ..errors import InvalidInput
+from ..functional.arguments import check_factory, is_size, shown
 from ..functional.values import readable
 
 
@@ -48,10 +49,9 @@ class KVCache(nn.Module):
         super().__init__()
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         sizes = (batch_size, num_heads, max_length, head_dim, value_head_dim)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        if not all(map(is_size, sizes)):
             raise InvalidInput(f"KVCache: every size must be a positive integer, got {sizes}")
-        if not (dtype or torch.get_default_dtype()).is_floating_point:
-            raise InvalidInput(f"KVCache: dtype must be floating point, got {dtype}")
+        check_factory("KVCache", device, dtype)
         self.max_length = max_length
         # Zeros, for a weight of 0 times whatever an empty slot held must be 0.
         for name, width in (("keys", head_dim), ("values", value_head_dim)):
@@ -115,9 +115,9 @@ class KVCache(nn.Module):
         """
         if isinstance(index, Tensor):
             self._check_vector("index", index, (index.numel(),), 0, len(self.lengths) - 1)
-        elif index is not None and not (isinstance(index, int) and 0 <= index < len(self.lengths)):
+        elif index is not None and not (is_size(index, least=0) and index < len(self.lengths)):
             raise InvalidInput(
-                f"KVCache: index must be None, a Tensor, or an int in 0 … {len(self.lengths) - 1}, got {index!r}"
+                f"KVCache: index must be None, a Tensor, or an int in 0 … {len(self.lengths) - 1}, got {shown(index)}"
             )
         # A filling takes no memory: a sequence is emptied as a whole, or not at all.
         index = index.long() if isinstance(index, Tensor) else index
@@ -149,9 +149,17 @@ class KVCache(nn.Module):
         """
         if isinstance(lengths, Tensor):
             lengths = self._check_vector("lengths", lengths, (len(self.lengths),), 0, None).clamp(min=0)
-        elif not isinstance(lengths, int) or lengths < 0:
-            raise InvalidInput(f"KVCache: lengths must be a Tensor or an int that is not negative, got {lengths!r}")
+        elif not is_size(lengths, least=0):
+            raise InvalidInput(
+                f"KVCache: lengths must be a Tensor or an int that is not negative, got {shown(lengths)}; at most "
+                "2^31 - 1"
+            )
         self.lengths.clamp_(max=lengths)
+
+    def take_back(self, count: int) -> None:
+        """Undo the last ``update``, which appended ``count`` tokens to every sequence."""
+        self.lengths -= count
+        self._longest -= count
 
     def _check_tokens(self, key: Tensor, value: Tensor) -> None:
         for name, tensor, buffer in (("key", key, self.keys), ("value", value, self.values)):

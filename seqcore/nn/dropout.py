@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
-from ..functional.dropout import check_probability
+from ..functional.arguments import check_flags, check_probability
 
 
 class LockedDropout(nn.Module):
@@ -28,6 +28,7 @@ class LockedDropout(nn.Module):
     def __init__(self, p: float = 0.5, batch_first: bool = False) -> None:
         super().__init__()
         check_probability("LockedDropout", p)
+        check_flags("LockedDropout", batch_first=batch_first)
         self.p, self.batch_first = p, batch_first
 
     def forward(self, input: Tensor | PackedSequence) -> Tensor | PackedSequence:

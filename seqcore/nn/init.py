@@ -1,6 +1,6 @@
 """Initial values for recurrences: in place, without gradients, on seqcore's modules and Cells and on ``torch.nn``'s."""
 
-import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ def orthogonal_recurrent_(
         ``module``.
 
     Raises:
-        InvalidInput: for other modules, a gain that is not finite, or parametrized weights, which are computed.
+        InvalidInput: for other modules, a gain that is not finite, a generator for another device, or parametrized
+            weights, which are computed.
 
     Source: Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural networks" (2014);
     for recurrences Le et al., "A Simple Way to Initialize Recurrent Networks of Rectified Linear Units" (2015), where
@@ -40,12 +41,14 @@ def orthogonal_recurrent_(
     """
     _check_number("orthogonal_recurrent_", "gain", gain)
     gates = _GATES[_kind("orthogonal_recurrent_", module)]
-    for weight in _parameters("orthogonal_recurrent_", module, "weight_hh"):
+    weights = _parameters("orthogonal_recurrent_", module, "weight_hh")
+    _check_generator("orthogonal_recurrent_", generator, weights)
+    for weight in weights:
         blocks = weight.flatten(0, 1) if weight.dim() == 4 else weight.chunk(gates)
         for matrix in blocks:
             # The decomposition behind it takes no 16-bit numbers.
             drawn = torch.empty_like(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32))
-            matrix.copy_(nn.init.orthogonal_(drawn, gain, generator=generator))
+            matrix.copy_(nn.init.orthogonal_(drawn, float(gain), generator=generator))
     return module
 
 
@@ -79,13 +82,27 @@ def forget_gate_bias_(module: nn.Module, value: float = 1.0) -> nn.Module:
     of_input, of_state = (_parameters("forget_gate_bias_", module, name) for name in ("bias_ih", "bias_hh"))
     for biases, filling in ((of_input, value), (of_state, 0.0)):
         for bias in biases:
-            bias.chunk(_GATES[kind])[_KEEPING[kind]].fill_(filling)
+            bias.chunk(_GATES[kind])[_KEEPING[kind]].fill_(float(filling))
     return module
 
 
 def _check_number(name: str, argument: str, number: float) -> None:
-    if not isinstance(number, (int, float)) or not math.isfinite(number):
-        raise InvalidInput(f"{name}: {argument} must be a finite number, got {number!r}")
+    # An int may be larger than any float is.
+    if not isinstance(number, (int, float)) or not -sys.float_info.max <= number <= sys.float_info.max:
+        raise InvalidInput(f"{name}: {argument} must be a finite number, got {number!r}; leave it out for 1.0")
+
+
+def _check_generator(name: str, generator: torch.Generator | None, weights: list[Tensor]) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InvalidInput(
+            f"{name}: generator must be a torch.Generator, got {type(generator).__name__}; leave it out for torch's own"
+        )
+    others = {weight.device for weight in weights if generator and weight.device.type != generator.device.type}
+    if others:
+        raise InvalidInput(
+            f"{name}: generator must be on the weights' device, got {generator.device} and {others.pop()}; make one "
+            "with torch.Generator(device)"
+        )
 
 
 def _without_wrapper(module: nn.Module) -> nn.Module:

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..errors import InvalidInput
+from ..functional.arguments import check_factory, check_flags, check_sizes, shown
+from ..functional.positions import check_progression
 from ..functional.values import readable
 from ..reference.sizes import is_among
+
+FARTHEST = 2**62
 
 
 class _AddedPositions(nn.Module):
@@ -20,6 +24,9 @@ class _AddedPositions(nn.Module):
 
     def __init__(self, dim: int, batch_first: bool) -> None:
         super().__init__()
+        name = type(self).__name__
+        check_sizes(name, dim=dim)
+        check_flags(name, batch_first=batch_first)
         self.dim, self.batch_first = dim, batch_first
 
     def _encoding(self, positions: Tensor, start: int | Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,6 +68,7 @@ class SinusoidalPositions(_AddedPositions):
     """
 
     def __init__(self, dim: int, base: float = 10000.0, batch_first: bool = False) -> None:
+        check_progression("SinusoidalPositions", "dim", dim, base)
         super().__init__(dim, batch_first)
         self.base = base
 
@@ -97,6 +105,8 @@ class LearnedPositions(_AddedPositions):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, batch_first)
+        check_sizes("LearnedPositions", max_length=max_length)
+        check_factory("LearnedPositions", device, dtype)
         self.max_length = max_length
         self.weight = nn.Parameter(torch.empty(max_length, dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -105,6 +115,10 @@ class LearnedPositions(_AddedPositions):
         nn.init.normal_(self.weight, std=0.02)
 
     def _encoding(self, positions: Tensor, start: int | Tensor, dtype: torch.dtype) -> Tensor:
+        if positions.device != self.weight.device:
+            raise InvalidInput(
+                f"LearnedPositions: x must be on the weight's device {self.weight.device}, got {positions.device}"
+            )
         if not isinstance(start, Tensor):
             self._check_range(start, start + positions.shape[-1])
             return F.embedding(positions, self.weight).to(dtype)
@@ -142,6 +156,11 @@ class RotaryPositions(nn.Module):
         self, head_dim: int, base: float = 10000.0, interleaved: bool = False, dims: int | None = None
     ) -> None:
         super().__init__()
+        check_sizes("RotaryPositions", head_dim=head_dim)
+        check_flags("RotaryPositions", interleaved=interleaved)
+        check_progression("RotaryPositions", "dims, or head_dim without it,", head_dim if dims is None else dims, base)
+        if dims is not None and dims > head_dim:
+            raise InvalidInput(f"RotaryPositions: dims must be at most head_dim, {head_dim}, got {dims}")
         self.head_dim, self.base, self.interleaved, self.dims = head_dim, base, interleaved, dims
 
     def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
@@ -176,10 +195,15 @@ def _check_x(name: str, x: Tensor, ranks: tuple[int, ...], width: int) -> None:
 def _positions(name: str, start: int | Tensor, length: int, batch: int | None, device: torch.device) -> Tensor:
     """start … start + length - 1: [T], or [B, T] from a start of each sequence."""
     steps = torch.arange(length, device=device)
-    if isinstance(start, int | torch.SymInt):
+    if isinstance(start, int | torch.SymInt) and not isinstance(start, bool):
+        # A traced graph would be told of the bound.
+        if not torch.compiler.is_compiling() and abs(start) > FARTHEST:
+            raise InvalidInput(f"{name}: start must lie within 2^62 of 0, got {start}; positions are int64")
         return start + steps
     if not isinstance(start, Tensor):
-        raise InvalidInput(f"{name}: start must be an int or a Tensor of integers {_starts(batch)}, got {start!r}")
+        raise InvalidInput(
+            f"{name}: start must be an int or a Tensor of integers {_starts(batch)}, got {shown(start)}"
+        )
     fits = is_among(start.shape, ((),) if batch is None else ((), (batch,)))
     if not fits or start.dtype not in (torch.int32, torch.int64) or start.device != device:
         raise InvalidInput(

@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional
 from ..backends import check_backend
 from ..cells import find
+from ..errors import InvalidInput
+from ..functional.arguments import check_clip, check_flags
 from ..functional.dropout import check_locked
 from ..functional.zoneout import Zoneout, probabilities
 from .scripting import NotScriptable
@@ -46,18 +48,24 @@ class _Recurrent(NotScriptable, nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         name = mode.partition("_")[0]
         check_locked(name, locked)
+        check_clip(name, grad_clip)
+        check_flags(name, recompute=recompute)
         probabilities(name, find(mode.lower()), zoneout, projected=self.proj_size > 0)
         self.backend, self.grad_clip, self.recompute = backend, grad_clip, recompute
         self.locked, self.zoneout = locked, zoneout
-        if blocks != 1:
+        if not isinstance(blocks, int) or blocks != 1:
             self._divide(blocks)
 
     def _divide(self, blocks: int) -> None:
         """Make the recurrent weights block-diagonal: [G, blocks, H/blocks, H/blocks] in place of [G*H, H]."""
         if not isinstance(blocks, int) or blocks < 1 or self.hidden_size % blocks:
-            raise ValueError(f"blocks must divide hidden_size {self.hidden_size}, got {blocks!r}")
+            raise InvalidInput(
+                f"blocks must divide hidden_size {self.hidden_size}, got {blocks!r}; pass 1 for weights that are whole"
+            )
         if self.proj_size:
-            raise ValueError("blocks and proj_size do not go together, got both; leave one out")
+            raise InvalidInput(
+                f"blocks and proj_size do not go together, got {blocks} and {self.proj_size}; leave one out"
+            )
         self.blocks = blocks
         units = self.hidden_size // blocks
         for names in self._all_weights:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..reference import attention as reference
+from ..reference import packed as packed_reference
 from ..reference.attention_backward import average_weights_backward
-from ..reference.attention_backward import backward as reference_backward
 from ..reference.recurrence import wide
 from . import attention_launch as kernels
 from .library import define, has_kernels
@@ -28,7 +28,7 @@ SIGNATURE = (
 def _forward(q: Tensor, k: Tensor, v: Tensor, *problem) -> tuple[Tensor, Tensor, Tensor]:
     if has_kernels(q):
         return kernels.forward(q, k, v, *problem)
-    result = reference.attention(q, k, v, **named(*problem))
+    result = packed_reference.attention(q, k, v, **named(*problem))
     return result.out.contiguous(), result.lse.contiguous(), result.rows
 
 
@@ -39,7 +39,7 @@ def _backward(
     if has_kernels(q):
         found = kernels.backward(dout, dlse, out, rows, wanted, q, k, v, *problem)
     else:
-        found = reference_backward(dout, dlse, q, k, v, out, rows, **named(*problem))
+        found = packed_reference.backward(dout, dlse, q, k, v, out, rows, **named(*problem))
     return _wanted(found, wanted, q, k, v, *problem)
 
 

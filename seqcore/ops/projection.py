@@ -24,18 +24,22 @@ def add_initial(layer: Layer, d: int, x_gates: Tensor) -> None:
         x_gates.index_add_(0, rows, start.masked_fill(~taken[:, None], 0))
 
 
-def _initial_gradient(layer: Layer, d: int, dh_gates: Tensor) -> Tensor:
-    """Gradients of what ``add_initial`` added, [B or 2B, G*H]."""
-    map_ = layer.map
+def _initial_gradient(layer: Layer, d: int, dh_gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of what ``add_initial`` added, [B or 2B, G*H], and the states that it added."""
+    map_, h0 = layer.map, layer.h0[d]
     rows, taken = map_.first_rows(d)
     first = dh_gates[rows]
-    if taken is not None:
-        own = map_.source[d].index_select(0, rows) < map_.rows + map_.batch
-        first = first.masked_fill(~(taken & own)[:, None], 0)
-    if not map_.resets:
-        return first
-    put_in = (map_.source[d] >= map_.rows + map_.batch)[:, None]
-    return torch.cat([first, dh_gates.masked_fill(~put_in, 0).view(map_.steps, map_.batch, -1).sum(0)])
+    if taken is None:
+        return first, h0
+    taken = taken & (map_.source[d].index_select(0, rows) < map_.rows + map_.batch)
+    first = first.masked_fill(~taken[:, None], 0)
+    if map_.resets:
+        put_in = (map_.source[d] >= map_.rows + map_.batch)[:, None]
+        by_step = (map_.steps, map_.batch, -1)
+        first = torch.cat([first, dh_gates.masked_fill(~put_in, 0).view(by_step).sum(0)])
+        taken = torch.cat([taken, put_in.view(by_step).any(0)[:, 0]])
+    # States that no step takes up may be NaN, and 0 * NaN is NaN.
+    return first, h0.masked_fill(~taken[:, None], 0)
 
 
 def project_output(layer: Layer, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,11 +85,11 @@ def unfold(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of W_hh and W_hr out of that of their product W_hh W_hr, and ``dy`` of ``all_outputs``; fills dh0."""
     w, outputs, here = layer.weights[d], layer.h0.shape[-1], layer.part(d, layer.hidden)
-    first = _initial_gradient(layer, d, dh_gates)
+    first, initial = _initial_gradient(layer, d, dh_gates)
     torch.mm(first, w.w_hh, out=dh0)
     _, present = layer.map.last_rows(d)
     if present is not None and dh_n is not None:
         own = dh0[: layer.map.batch]
         own.copy_(torch.where(present[:, None], own, dh_n[d]))
-    dw_hh = torch.addmm(first.T @ layer.h0[d], folded, w.w_hr.T)
+    dw_hh = torch.addmm(first.T @ initial, folded, w.w_hr.T)
     return dw_hh, torch.addmm(w.w_hh.T @ folded, dy[:, layer.part(d, outputs)].T, states[:, here])

@@ -186,7 +186,8 @@ def step(layer: Layer, save_gates: bool, save_cells: bool) -> tuple[Tensor, Tens
         first, rest = plans.split(cell.gates, plan.padded)
         bias = w.b_ih is not None
         kernels.recurrence_step_kernel[(plan.groups * layer.blocks * plan.slices,)](
-            x, w.w_ih.contiguous(), w.b_ih if bias else x, w.w_hh.contiguous(), w.b_hh if bias else x, h, c,
+            x, w.w_ih.contiguous(), w.b_ih.contiguous() if bias else x,
+            w.w_hh.contiguous(), w.b_hh.contiguous() if bias else x, h, c,
             y, h_n, c_n, kept.cells, kept.saved, batch, x.stride(0), h.stride(0), c.stride(0),
             STEP=cell.device_functions()[0], GATES=cell.gates, SAVED=cell.saved, HAS_C=has_c, BIAS=bias,
             SAVE=save_gates, SAVE_CELLS=save_cells, INPUTS=x.shape[1], BLOCKS=layer.blocks, UNITS=layer.units,

@@ -47,7 +47,7 @@ class Result(NamedTuple):
 
     out: Tensor
     lse: Tensor
-    weights: Tensor
+    weights: Tensor | None
     rows: Tensor
 
 
@@ -58,6 +58,7 @@ def dense_grid(
     device: torch.device,
     query_lengths: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    first_sequence: int = 0,
 ) -> Grid:
     """Positions in a padded batch; lengths are [B], B the first of the leading dimensions ``lead`` = (*batch, H)."""
     row, column = torch.arange(M, device=device)[:, None], torch.arange(N, device=device)
@@ -66,7 +67,7 @@ def dense_grid(
     columns = N if key_lengths is None else key_lengths.reshape(shape)
     batches = math.prod(lead[:-1])
     batch = torch.arange(batches, device=device).reshape(*lead[:-1], 1, 1, 1) if lead else row.new_zeros(1, 1, 1)
-    return Grid(row, column, rows, columns, batch, (row < rows) & (column < columns))
+    return Grid(row, column, rows, columns, batch + first_sequence, (row < rows) & (column < columns))
 
 
 def packed_grid(M: int, N: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Grid:
@@ -147,15 +148,17 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    first_sequence: int = 0,
 ) -> Result:
     """Attention with everything; arguments as ``seqcore.functional.attention``, which checks them.
 
     query [*, H, M, D], key [*, H_kv, N, D], value [*, H_kv, N, DV], leading dimensions broadcasting and H a multiple
-    of H_kv; with cu_seqlens, [H, M, D], [H_kv, N, D] and [H_kv, N, DV]. Differentiable any number of times.
+    of H_kv; with cu_seqlens, [H, M, D], [H_kv, N, D] and [H_kv, N, DV]. Dropout counts sequences from
+    ``first_sequence``. Differentiable any number of times.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key, value = repeat_heads(query, key), repeat_heads(query, value)
-    grid = grid_of(query, key, value, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k)
+    grid = grid_of(query, key, value, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, first_sequence)
     rank = max(query.dim(), key.dim(), value.dim())
     query = without_padding(query, query_lengths, rank)
     key, value = (without_padding(t, key_lengths, rank) for t in (key, value))
@@ -167,7 +170,10 @@ def attention(
     if dropout_p:
         heads = weights.shape[-3] if weights.dim() > 2 else 1
         weights = drop(weights, keep(grid, range(heads), heads, dropout_p, dropout_seed), dropout_p)
-    return Result((weights @ value.to(weights.dtype)).to(query.dtype), lse, weights, rows)
+    out = (weights @ value.to(weights.dtype)).to(query.dtype)
+    # Zeros already, but so is what their gradient brings back: a NaN that arrives there, times a weight of 0, would be
+    # one.
+    return Result(without_padding(out, query_lengths, out.dim()), lse, weights, rows)
 
 
 def grid_of(
@@ -178,13 +184,14 @@ def grid_of(
     key_lengths: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    first_sequence: int = 0,
 ) -> Grid:
     """The positions of query's rows and key's; heads of key and value already repeated."""
     M, N = query.shape[-2], key.shape[-2]
     if cu_seqlens_q is not None:
         return packed_grid(M, N, cu_seqlens_q, cu_seqlens_k)
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    return dense_grid(lead, M, N, query.device, query_lengths, key_lengths)
+    return dense_grid(lead, M, N, query.device, query_lengths, key_lengths, first_sequence)
 
 
 def without_padding(tensor: Tensor, lengths: Tensor | None, rank: int = 4) -> Tensor:

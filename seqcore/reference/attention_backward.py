@@ -68,6 +68,7 @@ def backward(
     shift, factor = rows.to(acc)
     weights = torch.exp(logits - shift[..., None]) * factor[..., None]
     dout = torch.zeros_like(out, dtype=acc) if dout is None else dout.to(acc)
+    dout = without_padding(dout, sequences["query_lengths"])
     delta = (out.to(acc) * dout).sum(-1)
     if dlse is not None:
         delta = delta - dlse

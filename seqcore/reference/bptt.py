@@ -132,7 +132,10 @@ def forward(
 
 
 def _entering(values: Tensor, initial: Tensor, layout: Layout, t: int, before: int | None, reverse: bool) -> Tensor:
-    """The state entering step t: what step ``before`` (in walking order) left, the initial one, or another if cut."""
+    """The state entering step t: what step ``before`` (in walking order) left, the initial one, or another if cut.
+
+    Zeros past a sequence's end.
+    """
     steps, active = layout.steps, layout.steps.active[t]
     initial, by = split_initial(initial, steps.active[0])
     if before is None:
@@ -144,7 +147,9 @@ def _entering(values: Tensor, initial: Tensor, layout: Layout, t: int, before: i
             left = torch.where((before < layout.lengths)[:, None], left, initial)
         state = left if left.shape[0] == active else torch.cat([left, initial[left.shape[0] : active]])
     cut = None if layout.reset is None else cut_before(layout.reset, layout.lengths, t, reverse)
-    return state if cut is None else replaced(state, cut, by)
+    if cut is not None:
+        state = replaced(state, cut, by)
+    return state if layout.lengths is None else replaced(state, t >= layout.lengths, None)
 
 
 def valid_rows(layout: Layout, rows: int) -> Tensor | None:
@@ -233,9 +238,9 @@ def backward(
             if layout.lengths is not None:
                 # Past its end a sequence's state is carried through, and its y is the constant zero.
                 past = (t >= layout.lengths)[:, None]
-                carried_h, dh_t = dh * past, dh_t.masked_fill(past, 0)
+                carried_h, dh_t = dh.masked_fill(~past, 0), dh_t.masked_fill(past, 0)
                 if dc is not None:
-                    carried_c, dc_t = dc * past, dc_t.masked_fill(past, 0)
+                    carried_c, dc_t = dc.masked_fill(~past, 0), dc_t.masked_fill(past, 0)
             if w.w_hr is not None:
                 dh_out[here] = dh_t
                 dh_t = (dh_out[here] @ w.w_hr).to(acc)

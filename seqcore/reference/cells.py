@@ -29,7 +29,7 @@ def rnn_relu(x_gates: Tensors, h_gates: Tensors, state: Tensors) -> tuple[Tensor
 
 
 def rnn_relu_backward(saved: Tensors, state: Tensors, new_state: Tensors, dstate: Tensors):
-    da = dstate[0] * (saved[0] > 0)
+    da = torch.where(saved[0] <= 0, 0, dstate[0])
     return (da,), (da,), (torch.zeros_like(da),)
 
 

@@ -209,6 +209,10 @@ def direction(
         cut = None if reset is None else cut_before(reset, lengths, t, reverse)
         if cut is not None:
             h_in, c_in = replaced(h_in, cut, reset_h), replaced(c_in, cut, reset_c)
+        if lengths is not None:
+            # A state that is only carried may be NaN, and nothing of it is to reach the weights.
+            past = t >= lengths
+            h_in, c_in = replaced(h_in, past, None), replaced(c_in, past, None)
         here = steps.rows(t)
         besides = None if extra is None else extra[here]
         new_h, new_c = advance(cell, x_gates[here], h_in, c_in, weights, grad_clip, besides)
@@ -255,6 +259,10 @@ def layer(
     Returns:
         y, shaped like x with D*P columns; h_n; c_n; every step's c, shaped like x with D*H columns.
     """
+    if lengths is not None:
+        # What stands past a sequence's end may be NaN, and backward would multiply it by 0, which is NaN.
+        t = torch.arange(len(steps.active), device=lengths.device)
+        x = x.masked_fill((t[:, None] >= lengths)[:, :, None], 0)
     rows = x.flatten(0, -2)
     results = [
         direction(

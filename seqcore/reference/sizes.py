@@ -1,8 +1,16 @@
-"""Looking at sizes, which a traced graph may leave open."""
+"""Looking at sizes and values, which a traced graph may leave open."""
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+from ..capabilities import transforms_active
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device; a traced tensor has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
 
 
 def is_zero(size: int) -> bool:

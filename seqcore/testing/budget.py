@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InvalidInput
+
 MEAN_RULE_FROM = 1_000
 
 
@@ -44,15 +46,22 @@ def check_budget(actual: Tensor, exact: Tensor, eager: Tensor) -> Budget:
         eager: the same quantity computed by plain PyTorch in ``actual``'s dtype.
 
     Raises:
-        ValueError: if shapes or dtypes do not match, or ``exact`` is not float64.
+        InvalidInput: if shapes or dtypes do not match, ``exact`` is not float64, or there are no numbers to compare.
     """
+    for name, tensor in (("actual", actual), ("exact", exact), ("eager", eager)):
+        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            got = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InvalidInput(f"check_budget: {name} must be a dense Tensor that holds numbers, got {got}")
+    if not actual.is_floating_point():
+        raise InvalidInput(f"check_budget: actual must be floating point, got {actual.dtype}; compare others exactly")
     if exact.dtype != torch.float64 or eager.dtype != actual.dtype:
-        raise ValueError(
-            f"need exact in float64 and eager in actual's dtype, got exact {exact.dtype}, "
+        raise InvalidInput(
+            f"check_budget: need exact in float64 and eager in actual's dtype, got exact {exact.dtype}, "
             f"eager {eager.dtype}, actual {actual.dtype}"
         )
     if not actual.shape == exact.shape == eager.shape:
-        raise ValueError(f"shapes differ: actual {actual.shape}, exact {exact.shape}, eager {eager.shape}")
+        shapes = f"{list(actual.shape)}, {list(exact.shape)} and {list(eager.shape)}"
+        raise InvalidInput(f"check_budget: shapes differ: actual, exact and eager need one, got {shapes}")
     if actual.numel() == 0:
         return Budget(True, 0.0, 0.0, 0.0, 0.0)
     rounding = torch.finfo(actual.dtype).eps / 2

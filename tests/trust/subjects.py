@@ -9,6 +9,9 @@ from .kinds import Guard, Promise
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {
+    "fuzzing_recurrence": "Recurrences, whatever they are given",
+    "fuzzing_attention": "Attention and the tools, whatever they are given",
+    "peers": "Known bugs of others",
     "memory": "Memory",
     "limits": "Sizes and their limits",
     "concurrency": "Several at once",
