@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
             # Otherwise it does nothing beside the plugin that runs tests in several processes.
             "--benchmark-enable",
             f"--benchmark-json={data}",
+            # Nothing is stored there; but otherwise a folder is made wherever one stands, and a cache in the checkout.
+            f"--benchmark-storage=file://{options.out.resolve()}",
+            "-pno:cacheprovider",
             *([f"--text={options.text}"] if options.text else []),
             *(str(ROOT / "benchmarks" / f"test_{suite}.py") for suite in SUITES if suite in options.suite),
         ],

@@ -13,7 +13,6 @@ import argparse
 import ast
 import functools
 import hashlib
-import json
 import re
 import shutil
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
+from seqcore.files import read_json
 from seqcore.info import kernel_hashes
 
 KERNELS = ROOT / "kernels"
@@ -101,14 +101,21 @@ class Run:
         return all(then.get(name) == today[name] for name in sources(file))
 
 
+def _run(path: Path) -> Run:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not JSON: it holds no object")
+    return Run(path, found)
+
+
 def runs(results: Path = RESULTS) -> list[Run]:
     """Every result from a GPU, the oldest first. Raises ValueError, naming the file, if one cannot be read."""
     found = []
     for path in sorted(results.rglob("*.json"), key=lambda path: path.name):
         try:
-            found.append(Run(path, json.loads(path.read_text())))
+            found.append(_run(path))
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}; remove it, or take the campaign's results again") from None
+            raise ValueError(f"{error}; remove it, or take the campaign's results again") from None
     return [run for run in found if run.gpu and not run.machine.get("interpreter")]
 
 
@@ -170,7 +177,7 @@ def take(campaign: Path, results: Path = RESULTS) -> list[Path]:
     Raises ValueError if it is from no GPU or nothing is there.
     """
     paths = [campaign / name for name in TAKEN if (campaign / name).exists()]
-    present = [Run(path, json.loads(path.read_text())) for path in paths]
+    present = [_run(path) for path in paths]
     if not present:
         raise ValueError(f"{campaign} holds none of {', '.join(TAKEN)}; make them with `make gpu`")
     measured = next((run for run in present if run.gpu and "seqcore" in run.found), None)

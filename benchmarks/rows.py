@@ -1,12 +1,13 @@
 """A measurement as it stands in the JSON: written into ``extra_info`` here, and read back here."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.floors import layer_floor
 from benchmarks.timing import Roofs, Timing
+from seqcore.files import read_json
 from seqcore.kernels.work import Work
 
 # Beside its peers' names, how ours is called in tables and plots.
@@ -166,13 +167,25 @@ class Results:
 
 
 def _read(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict) or "benchmarks" not in found:
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("benchmarks"), list):
         raise ValueError(f"{path} has no 'benchmarks'; pass a bench.json that `python -m benchmarks` wrote")
+    rows = [entry.get("extra_info") if isinstance(entry, dict) else None for entry in found["benchmarks"]]
+    ours = found.get("seqcore", {})
+    if not all(map(_is_row, rows)) or not isinstance(ours, dict) or not isinstance(ours.get("machine", {}), dict):
+        raise ValueError(f"{path} has rows that `python -m benchmarks` did not write; measure them again")
     return found
+
+
+def _is_row(info: Any) -> bool:
+    """Whether it has what is read of every row, or is of nobody's suite."""
+    if not isinstance(info, dict) or "suite" not in info:
+        return isinstance(info, dict)
+    numbers = (info.get(name) for name in ("ms_p20", "ms_p50", "ms_p80"))
+    named = all(isinstance(info.get(name), str) for name in ("suite", "op", "pass"))
+    # What a limit of the machine is measured by has no peers.
+    tables = isinstance(info.get("shape"), dict) and isinstance(info.get("peers", {}), dict)
+    return named and tables and all(isinstance(number, (int, float)) for number in numbers)
 
 
 def _plain(info: dict, wanted: dict) -> set:

@@ -5,7 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from . import reading
+
 FORMAT = 1
+# Bytes of a table: those of the longest that `seqcore tune` writes, many times over.
+MOST_BYTES = 1 << 20
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 
 # What the rows of a table hold: of attention's operations, and of recurrences in "shape" and "plan".
@@ -21,13 +25,24 @@ PLAN = {
 }  # fmt: skip
 # The sizes of blocks and how many warps share them.
 POWERS_OF_TWO = {"BLOCK_M", "BLOCK_N", "num_warps", "rows", "units", "tile", "fold"}
+# The least and the most of each: what the kernels are made for, with room for what a search may try.
+RANGES = {
+    "dtype_bits": (16, 32), "head_dim": (1, 256), "BLOCK_M": (16, 256), "BLOCK_N": (16, 256), "num_warps": (1, 32),
+    "num_stages": (1, 16), "persistent": (0, 16), "rows": (16, 128), "units": (8, 1024), "tile": (16, 1024),
+    "fold": (1, 128), "stage": (1, 1024), "chains": (1, 64),
+}  # fmt: skip
+# Of what a row is for, which is only compared.
+ANY_SIZE = (1, 1 << 40)
 ATTENTION = ("forward", "decode", "backward_dkdv", "backward_dq", "backward_bias", "weights")
 RECURRENCE = "recurrence"
 SECTIONS = (*(f"attention_{kernel}" for kernel in ATTENTION), RECURRENCE)
 
 
-class BadTable(ValueError):
-    """The user's table cannot be read; the message says which file it is and what to do."""
+class BadTable(ValueError, RuntimeWarning):
+    """A table of tile sizes cannot be used; the message says which file it is, and what to do.
+
+    An error where a table was named, a warning where one in the user's cache is left out.
+    """
 
 
 def cache_folder() -> Path | None:
@@ -51,9 +66,9 @@ def read(path: Path, arch: str) -> dict[str, Any]:
         BadTable: if it is anything else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = reading.strict(reading.content(path, MOST_BYTES))
         fault = None if path.resolve().parent == SHIPPED else _fault(found, arch)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fault = str(error)
     if fault:
         raise BadTable(
@@ -67,44 +82,76 @@ def _fault(found: Any, arch: str) -> str | None:
     """What is wrong with a table, or None."""
     if not isinstance(found, dict):
         return f"it holds a {type(found).__name__}, not an object"
-    if found.get("format") != FORMAT:
-        return f"its format is {found.get('format')!r}, and this version reads {FORMAT}"
+    if type(found.get("format")) is not int or found["format"] != FORMAT:
+        return f"its format is {_shown(found.get('format'))}, and this version reads {FORMAT}"
     if found.get("arch") != arch:
-        return f"it is for {found.get('arch')!r}"
-    for name, kind in (("measured_on", dict), ("no_slower", list), ("compared", dict)):
-        if not isinstance(found.get(name, kind()), kind):
-            return f"its {name!r} is no {kind.__name__}"
+        return f"it is for {_shown(found.get('arch'))}"
+    if unknown := found.keys() - {"format", "arch", *ABOUT, *SECTIONS}:
+        return f"it has {_shown(min(unknown))}, which no table of this version has"
+    for name, is_one in ABOUT.items():
+        if name in found and not is_one(found[name]):
+            return f"its {name!r} is {_shown(found[name])}"
     for section in SECTIONS:
         rows = found.get(section, [])
         for row in rows if isinstance(rows, list) else [rows]:
             if not _is_row(section, row):
-                return f"a row of {section} reads {json.dumps(row)[:200]}"
+                return f"a row of {section} reads {_shown(row)}"
     return None
 
 
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:200]
+
+
+def _is_text(value: Any) -> bool:
+    # Nothing that would have a terminal do something.
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_verdicts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# What a table may have beside its rows, and whether that is what it should be.
+ABOUT = {"provenance": _is_text, "measured_on": _is_object, "no_slower": _is_verdicts, "compared": _is_object}
+
+
 def _is_row(section: str, row: Any) -> bool:
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) or not isinstance(row.get("measured", {}), dict):
         return False
     if section == RECURRENCE:
-        return _has(row.get("shape"), SHAPE) and _has(row.get("plan"), PLAN) and _launches(row["plan"])
+        shape, plan = (row.get(name) for name in ("shape", "plan"))
+        return row.keys() <= {"shape", "plan", "measured"} and _has(shape, SHAPE) and _has(plan, PLAN)
+    own = {name: value for name, value in row.items() if name not in ("masked", "measured")}
     masked = row.get("masked", {})
-    if not isinstance(masked, dict) or not _has(row, {"dtype_bits": int, "head_dim": int} | TILES):
-        return False
-    every = row | masked
-    options = all(type(every.get(name, kind())) is kind for name, kind in TILE_OPTIONS.items())
-    return options and _has(every, TILES) and _launches(row) and _launches(every)
-
-
-def _has(found: Any, fields: dict[str, type]) -> bool:
-    """Whether all ``fields`` are there, of the type they should be, and every number a size."""
-    return isinstance(found, dict) and all(
-        type(found.get(name)) is kind and (kind is bool or found[name] > 0) for name, kind in fields.items()
+    fields = {"dtype_bits": int, "head_dim": int} | TILES
+    return (
+        _has(own, fields, TILE_OPTIONS)
+        and isinstance(masked, dict)
+        and masked.keys() <= TILES.keys() | TILE_OPTIONS.keys()
+        and _has(own | masked, fields, TILE_OPTIONS)
     )
 
 
-def _launches(sizes: dict[str, Any]) -> bool:
-    """Whether blocks are such that Triton takes them."""
-    return all(sizes[name] & (sizes[name] - 1) == 0 for name in POWERS_OF_TWO & sizes.keys())
+def _has(found: Any, fields: dict[str, type], optional: dict[str, type] | None = None) -> bool:
+    """Whether there are all ``fields``, perhaps some that are ``optional``, and no others; each as it may be."""
+    known = fields | (optional or {})
+    if not isinstance(found, dict) or not fields.keys() <= found.keys() <= known.keys():
+        return False
+    return all(
+        type(value) is known[name] and (known[name] is bool or _is_size(name, value, fields is SHAPE))
+        for name, value in found.items()
+    )
+
+
+def _is_size(name: str, value: int, only_compared: bool) -> bool:
+    """Whether a number is one that kernels can be launched with, or that a shape may have."""
+    least, most = ANY_SIZE if only_compared else RANGES[name]
+    return least <= value <= most and (only_compared or name not in POWERS_OF_TWO or value & (value - 1) == 0)
 
 
 def identity(row: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,7 +96,10 @@ _instead: list[Path | None] = []
 
 @contextlib.contextmanager
 def user_table(path: Path | None) -> Iterator[None]:
-    """Within the block the user's table is ``path``, or there is none: for tuning, and for tests."""
+    """Within the block the user's table is ``path``, or there is none: for tuning, and for tests.
+
+    One that cannot be used then raises BadTable where a kernel is chosen.
+    """
     _instead.append(path)
     _forget()
     try:
@@ -119,8 +123,35 @@ def files(arch: str, shared_memory: int = 0) -> list[Path]:
     user = None if arch == INTERPRETER else _instead[-1] if _instead else tables.user_file(arch)
     kin = "gfx942" if arch.startswith("gfx") else "small" if 0 < shared_memory < ROOMY else "defaults"
     ours = [tables.SHIPPED / f"{name}.json" for name in dict.fromkeys((arch, kin))]
-    # Unlike Path.is_file, this says False of a folder that may not be read.
-    return [path for path in (user, *ours) if path is not None and os.path.isfile(path)]
+    # Whatever stands in the user's place is to be read, or said to be unusable; no folder that may not be looked into.
+    there = [user] if user is not None and (_instead or os.path.lexists(user)) else []
+    return there + [path for path in ours if path.is_file()]
+
+
+# Those in the user's cache that have been said to be unusable.
+_unusable: set[Path] = set()
+
+
+def used(arch: str, shared_memory: int = 0) -> list[tuple[Path, dict[str, Any]]]:
+    """The tables of ``files`` and where they stand, without one in the user's cache that cannot be used.
+
+    Of that a warning tells, once: a file that is broken must not stop anyone's training.
+
+    Raises:
+        BadTable: if a table that was named by :func:`user_table` cannot be used.
+    """
+    found = []
+    for path in files(arch, shared_memory):
+        try:
+            found.append((path, tables.read(path, arch)))
+        except tables.BadTable as error:
+            if _instead or path.parent == tables.SHIPPED:
+                raise
+            if path not in _unusable:
+                # Where warnings are errors, as on the command line, it is said every time.
+                warnings.warn(tables.BadTable(f"{error}. Until then the tables of this version are used"), stacklevel=2)
+                _unusable.add(path)
+    return found
 
 
 @functools.cache
@@ -128,11 +159,11 @@ def table(arch: str, shared_memory: int = 0) -> dict[str, Any]:
     """The user's rows for ``arch``, and ours where the user has none.
 
     Raises:
-        BadTable: if the user's table cannot be read.
+        BadTable: if a table that was named cannot be used.
     """
     found: dict[str, Any] = {}
-    for path in files(arch, shared_memory):
-        found = tables.merged(found, tables.read(path, arch))
+    for _, rows in used(arch, shared_memory):
+        found = tables.merged(found, rows)
     return found
 
 

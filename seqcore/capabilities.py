@@ -8,10 +8,13 @@ import torch
 from .devices import product_parts
 from .kernels.recurrence import plan
 from .kernels.tuning import INTERPRETER, Device
+from .versions import why_no_triton
 
 CPU = "cpu"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+# AMD's with matrix cores and wavefronts of 64. Others do not get through Triton's compiler: tried with 3.7.1.
+AMD = ("gfx90a", "gfx942", "gfx950")
 
 # What an operation may be asked for beyond its plain form, and which backend serves it. The reference serves all.
 TRITON_FEATURES = {
@@ -103,21 +106,28 @@ def _arch_number(arch: str) -> int:
     return int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0
 
 
+def _why_not_on(request: Request) -> list[str]:
+    """Every reason why kernels cannot run where the request is."""
+    arch = request.device.arch
+    if arch != INTERPRETER and not arch.startswith(("sm_", "gfx")):
+        return [
+            f"needs a GPU, got {arch} tensors; to interpret the kernels on a CPU, for tests, set TRITON_INTERPRET=1 "
+            "before seqcore is imported"
+        ]
+    reasons = []
+    if arch == INTERPRETER and request.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter miscomputes bfloat16 (triton issue 11584); use float32 or float16")
+    elif arch.startswith("sm_") and _arch_number(arch) < 80:
+        reasons.append(f"needs compute capability 8.0 or newer, got {arch}")
+    elif arch.startswith("gfx") and arch not in AMD:
+        reasons.append(f"needs one of {', '.join(AMD)}, got {arch}")
+    return reasons + why_no_triton()
+
+
 def why_not_triton(request: Request) -> list[str]:
     """Every reason why seqcore's kernels cannot serve ``request``; none if they can."""
     reasons = [f"no kernel has {feature} yet" for feature in _missing(request, TRITON_FEATURES)]
-    arch = request.device.arch
-    if arch == INTERPRETER:
-        if request.dtype == torch.bfloat16:
-            reasons.append("Triton's interpreter miscomputes bfloat16 (triton issue 11584); use float32 or float16")
-    elif arch.startswith("sm_"):
-        if _arch_number(arch) < 80:
-            reasons.append(f"needs compute capability 8.0 or newer, got {arch}")
-    elif not arch.startswith("gfx"):
-        reasons.append(
-            f"needs a GPU, got {arch} tensors; to interpret the kernels on a CPU, for tests, set TRITON_INTERPRET=1 "
-            "before seqcore is imported"
-        )
+    reasons += _why_not_on(request)
     if request.dtype not in KERNEL_DTYPES:
         reasons.append(f"needs float32, float16 or bfloat16, got {request.dtype}")
     if _has_plan(request) and request.shape.batch:
@@ -154,6 +164,8 @@ def why_not_operator(request: Request) -> list[str]:
     """As ``why_not_triton``, but for the operator in a compiled graph, which on a CPU runs the reference's formulas."""
     if request.device.arch in (CPU, INTERPRETER):
         reasons = [f"no kernel has {feature} yet" for feature in _missing(request, TRITON_FEATURES)]
+        if request.device.arch == INTERPRETER:
+            reasons += why_no_triton()
         if "a cell without reference_backward" in request.features:
             reasons.append("on a CPU the operator runs the cell's reference_backward, and it has none")
         return reasons

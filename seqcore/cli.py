@@ -2,12 +2,16 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .commands import info, precompile, profile, tune, verify
 from .kernels.tables import BadTable
+from .versions import why_no_triton
 
 COMMANDS = {"info": info, "verify": verify, "profile": profile, "tune": tune, "precompile": precompile}
+# These are about kernels, and nothing else.
+OF_KERNELS = ("verify", "tune", "precompile")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,8 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # As they came, for a command that has to begin again in another process.
     options.arguments = arguments
+    if options.command in OF_KERNELS and (reasons := why_no_triton()):
+        print(f"seqcore {options.command}: {'; '.join(reasons)}", file=sys.stderr)
+        return 2
     try:
-        return COMMANDS[options.command].run(options)
+        with warnings.catch_warnings():
+            # Whoever measures or asks must know which tables it is about; training goes on without a broken one.
+            warnings.simplefilter("error", BadTable)
+            return COMMANDS[options.command].run(options)
     except BadTable as error:
         print(f"seqcore {options.command}: {error}", file=sys.stderr)
         return 2

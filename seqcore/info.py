@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, capabilities, devices, kernels
+from . import __version__, backends, capabilities, devices, kernels, versions
 from .kernels import tables
 
 
@@ -21,7 +21,8 @@ def gather() -> dict[str, Any]:
         "seqcore": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": versions.TRITON,
+        "untested": versions.untested(torch.__version__, versions.TRITON),
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),
@@ -77,8 +78,7 @@ def _tables(device: backends.Device) -> list[dict[str, Any]]:
     """
     hashes = {section: family_hash(section.partition("_")[0]) for section in tables.SECTIONS}
     found, above = [], {}
-    for path in backends.tuning.files(device.arch, device.shared_memory):
-        table = tables.read(path, device.arch)
+    for path, table in backends.tuning.used(device.arch, device.shared_memory):
         rows = [(section, row) for section, row in tables.rows(table) if not tables.holds(above, section, row)]
         stale = sum(row.get("measured", {}).get("kernels", hashes[section]) != hashes[section] for section, row in rows)
         if rows:
@@ -96,7 +96,7 @@ def identity() -> str:
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     interpreted = " interpreted" if devices.INTERPRETED else ""
-    return f"{device}{interpreted} torch {torch.__version__} triton {_triton_version()} {digest.hexdigest()[:12]}"
+    return f"{device}{interpreted} torch {torch.__version__} triton {versions.TRITON} {digest.hexdigest()[:12]}"
 
 
 OPERATIONS = (("recurrence", "rnn_tanh"), ("recurrence", "gru"), ("recurrence", "lstm"), ("attention", "attention"))
@@ -116,17 +116,10 @@ def _backends(device: backends.Device, family: str, operation: str) -> dict[str,
     return {"operation": operation, "auto": backends.choose(request, "auto"), **served, "lacking": lacking}
 
 
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
-
-
 def render(info: dict[str, Any]) -> str:
     """``gather()``'s dictionary as text."""
-    lines = [f"{name:<20} {value}" for name, value in info.items() if name not in ("tables", "backends")]
+    lines = [f"{name:<20} {value}" for name, value in info.items() if name not in ("untested", "tables", "backends")]
+    lines += info["untested"]
     for table in info["tables"]:
         lines += ["", f"{table['rows']} rows of tile sizes from {table['file']}", f"  {table['provenance']}"]
         if table["stale_rows"]:

@@ -1,10 +1,13 @@
 """What a long run has finished, line by line, so that a run which begins again loses nothing."""
 
 import contextlib
+import errno
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from .kernels import reading
 
 T = TypeVar("T")
 
@@ -63,12 +66,22 @@ class Journal:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Every entry of a journal, whatever its key and kind; a line that was cut short is none."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    """Every entry of a journal, whatever its key and kind; a line that was cut short, or is no entry, is none.
+
+    Raises:
+        OSError: if the file cannot be read, or is none that can hold lines.
+    """
+    try:
+        found = reading.content(path).splitlines() if path.exists() else ()
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"no journal, for {error}; name another file", str(path)) from None
+    entries = []
+    for line in found:
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            entry = reading.lenient(line)
+            if isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("key", "kind", "name")):
+                entries.append(entry)
+    return entries
 
 
 def forget(path: Path, unwanted: Callable[[str, str], bool]) -> None:

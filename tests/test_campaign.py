@@ -155,7 +155,7 @@ def test_every_suite_has_a_stage_and_every_stage_ends_within_nine_minutes(tmp_pa
 
 
 def test_linked_package_has_its_kernels(tmp_path, monkeypatch):
-    monkeypatch.setattr(importable.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(importable.tempfile, "tempdir", str(tmp_path))
     folder = importable.linked_package()
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
     code = "import seqcore, seqcore.kernels; print(seqcore.__file__)"

@@ -1,7 +1,15 @@
 """What a run finished is found again, whatever happened to it."""
 
 import json
+import math
+import os
+import re
+from unittest import mock
 
+import pytest
+
+from seqcore import cli
+from seqcore.commands import verify
 from seqcore.journal import Journal, forget
 
 
@@ -61,3 +69,34 @@ def test_what_is_to_be_forgotten_is(tmp_path):
     forget(path, lambda kind, name: kind == "row")
     assert not Journal(path, "key", "row").done and not Journal(path, "key", "row").suspects
     assert Journal(path, "key", "stage").done == {"first": 1}
+
+
+STRANGE = (
+    b"[" * 10**5, b"[1, 2]", b"3", b'{"key": "key"}', b'{"key": "key", "kind": "row", "name": ["first"], "value": 1}',
+    b'{"key": 1, "kind": "row", "name": "x", "value": 1}', b"\xff\xfe\x00", b'{"name": "\xff"}', b"NaN",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=lambda line: str(line[:30]))
+def test_a_line_that_is_no_entry_loses_only_itself(tmp_path, strange):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, "key", "row").add("first", math.nan)
+    with path.open("ab") as file:
+        file.write(strange + b"\n")
+    Journal(path, "key", "row").add("second", 2)
+    done = Journal(path, "key", "row").done
+    assert done.keys() == {"first", "second"} and math.isnan(done["first"])
+    forget(path, lambda kind, name: name == "first")
+    assert Journal(path, "key", "row").done == {"second": 2}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are of POSIX")
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, kind, capsys):
+    path = tmp_path / "journal.jsonl"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        Journal(path, "key", "row")
+    with mock.patch.object(verify, "INTERPRETED", True):
+        assert cli.main(["verify", "--journal", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err

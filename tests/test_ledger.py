@@ -103,7 +103,7 @@ def test_every_kernel_is_listed_with_its_source(capsys):
 
 def test_an_unreadable_result_is_named(tmp_path):
     (tmp_path / "2026-01-02-torn.json").write_text("{")
-    with pytest.raises(ValueError, match=r"torn\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"torn\.json is not JSON"):
         ledger.ledger(tmp_path)
 
 

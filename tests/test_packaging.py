@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,42 +13,17 @@ import pytest
 
 import seqcore
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ("seqcore", "kernels")
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
+from .distributions import INSTALL, ROOT, SOURCES, copied, run, wheel_of
 
 # --- the wheel ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the sources, so that nothing is written into the checkout; needs no network."""
+    """A wheel built from the sources."""
     pytest.importorskip("setuptools", minversion="70.1", reason="older ones cannot build a wheel by themselves")
-    copy = tmp_path_factory.mktemp("sources")
-    for name in SOURCES:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-        "-w",
-        "dist",
-        ".",
-        cwd=copy,
-    )
-    return next((copy / "dist").glob("*.whl"))
+    copy = copied(tmp_path_factory.mktemp("sources"))
+    return wheel_of(copy, copy)
 
 
 def test_wheel_holds_every_source_file_under_seqcore(wheel):
@@ -71,7 +45,7 @@ def test_wheel_has_one_top_level_name(wheel):
 
 def test_installed_wheel_imports_and_leaves_the_name_kernels_alone(wheel, tmp_path):
     site = tmp_path / "site"
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
+    run(*INSTALL, "--target", site, wheel, cwd=tmp_path)
     script = f"""
 import sys
 sys.path.insert(0, {str(site)!r})

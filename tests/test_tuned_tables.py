@@ -11,23 +11,9 @@ from seqcore.kernels import tables, tuning
 from seqcore.kernels.recurrence import plan
 from seqcore.kernels.tuning import INTERPRETER, Device, Tiles
 
+from .table_twins import PLAN, ROW, SHAPE, a_table
+
 H200 = Device("sm_90")
-SHAPE = plan.Shape(gates=4, units=768, blocks=1, batch=16, directions=1, itemsize=2, backward=False)
-PLAN = {
-    "rows": 16, "units": 8, "tile": 128, "fold": 2, "stage": 2, "chains": 1, "num_warps": 4, "hold": True,
-    "swap": False, "padded": True,
-}  # fmt: skip
-ROW = {"dtype_bits": 16, "head_dim": 64, "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 4}
-
-
-def a_table(**changes) -> dict:
-    table = {
-        "format": tables.FORMAT, "arch": "sm_90", "provenance": "by hand", "measured_on": {"device": "a GPU"},
-        "no_slower": ["lstm"], "compared": {"lstm": {"here": 1.0}},
-        "attention_forward": [ROW], "recurrence": [{"shape": asdict(SHAPE), "plan": PLAN}],
-    }  # fmt: skip
-    return table | changes
-
 
 def written(tmp_path, table: dict | list | str):
     path = tmp_path / "table.json"
@@ -100,7 +86,7 @@ DAMAGED = {
     "cut short": (json.dumps(a_table())[:-40], "char"),
     "not a table": ([1], "a list"),
     "of another format": (a_table(format=0), "format is 0"),
-    "of another GPU": (a_table(arch="sm_80"), "'sm_80'"),
+    "of another GPU": (a_table(arch="sm_80"), '"sm_80"'),
     "tiles missing": (a_table(attention_forward=[{"dtype_bits": 16, "head_dim": 64}]), "a row of attention_forward"),
     "tiles no power of two": (a_table(attention_forward=[ROW | {"BLOCK_N": 48}]), "a row of attention_forward"),
     "masked tiles of no type": (a_table(attention_forward=[ROW | {"masked": {"BLOCK_N": "64"}}]), "BLOCK_N"),
@@ -180,7 +166,7 @@ def test_a_row_gives_back_the_tiles_it_was_made_of():
 
 def test_plans_can_be_overridden_for_one_pass():
     forward, backward = plan.make(SHAPE, H200), plan.make(replace(SHAPE, backward=True), H200)
-    with plan.overriding(backward=True, rows=64):
+    with plan.overriding(backward=True, num_warps=16):
         assert plan.make(SHAPE, H200) == forward
-        assert plan.make(replace(SHAPE, backward=True), H200).rows == 64 != backward.rows
+        assert plan.make(replace(SHAPE, backward=True), H200).num_warps == 16 != backward.num_warps
     assert plan.make(replace(SHAPE, backward=True), H200) == backward

@@ -1,8 +1,9 @@
 """What a profiler found, for the report: kernels with their work, and how the time of a step divides."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from seqcore.files import read_json
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load(path: Path, machine: dict) -> list[Profile]:
 
     What was profiled at another commit or with other kernels than the rows of ``machine`` is left out, as rows are.
     """
-    whole = json.loads(path.read_text())
+    whole = read_json(path)
     its = whole.get("machine", machine)
     if any(its.get(key) != machine.get(key) for key in ("commit", "kernels")):
         return []

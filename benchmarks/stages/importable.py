@@ -1,13 +1,12 @@
 """How the stages of a campaign come to import this checkout, on a machine where nothing may be installed."""
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.environment import ROOT, source_hash
+from benchmarks.environment import ROOT
 
 
 def clean_environment(tiny: bool) -> dict[str, str]:
@@ -57,10 +56,10 @@ def _imports(process_environment: dict[str, str]) -> bool:
 
 def linked_package() -> Path:
     """A folder in which ``seqcore`` is this checkout's, with its kernels inside, as an installation would have it."""
-    folder = Path(tempfile.gettempdir()) / f"seqcore-links-{os.getuid()}-{source_hash()}"
-    shutil.rmtree(folder, ignore_errors=True)
+    # Not of a name that can be guessed: another user might have put other sources there.
+    folder = Path(tempfile.mkdtemp(prefix="seqcore-links-"))
     package = folder / "seqcore"
-    package.mkdir(parents=True)
+    package.mkdir()
     for entry in (ROOT / "seqcore").iterdir():
         (package / entry.name).symlink_to(entry)
     (package / "kernels").symlink_to(ROOT / "kernels")

@@ -1,7 +1,6 @@
 """The study's report, from its JSON files alone: report.md with PNG plots beside it, and report.html by itself."""
 
 import io
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks.reporting.plot_kit import LOOK, plt
 from benchmarks.reporting.tables import table
 from benchmarks.study.experiment import CHANCE, Row, Verdict
 from benchmarks.study.experiments import NAMES, load
+from seqcore.files import read_json
 
 TITLE = "What is taught about recurrence and attention, measured"
 MARKS = {True: "✓", False: "✗", None: "?"}
@@ -98,13 +98,14 @@ def read(out: Path) -> list[Study]:
     for path in (out / f"{name}.json" for name in NAMES):
         if path.exists():
             try:
-                study = Study(path.stem, json.loads(path.read_text(encoding="utf-8")))
-                missing = {"rows", "sizes", "how", "machine", "date", "seconds"} - study.data.keys()
+                data = read_json(path)
             except ValueError as error:
-                raise ValueError(f"{path} is not JSON: {error}; measure it again") from error
+                raise ValueError(f"{error}; measure it again") from None
+            own = data.keys() if isinstance(data, dict) else set()
+            missing = {"rows", "sizes", "how", "machine", "date", "seconds"} - own
             if missing:
                 raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; measure it again")
-            found.append(study)
+            found.append(Study(path.stem, data))
     return found
 
 

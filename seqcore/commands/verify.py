@@ -40,12 +40,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from ..journal import Journal
+    from ..journal import Journal, lines
     from ..testing import verify
 
     device = torch.device("cpu" if INTERPRETED else "cuda")
     kind = "verify guarded" if options.guarded else "verify"
     rows, stopped, journal = [], True, None
+    if options.journal:
+        # One that is none is a mistake of the command's, and nothing has stopped.
+        lines(options.journal)
     # Interrupted, or by a kernel that broke the device, what is known so far is worth telling.
     try:
         if options.jobs > 1:

@@ -24,8 +24,8 @@ def kernel_tree(problem: Problem, repeats: int, path: Path) -> list[dict[str, An
     Raises:
         RuntimeError: if Proton writes none, with its last words.
     """
-    arguments = (asdict(problem), repeats, str(path))
-    command = [sys.executable, "-c", f"import {__name__} as tree; tree.write(*{arguments!r})"]
+    arguments = json.dumps((asdict(problem), repeats, str(path)))
+    command = [sys.executable, "-c", f"import {__name__} as tree; tree.main()", arguments]
     path.unlink(missing_ok=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -82,8 +82,13 @@ def _row(name: str, entry: dict[str, float], repeats: int) -> dict[str, Any]:
     }
 
 
+def main() -> None:
+    """What the other process does: :func:`write` with what its command line holds as JSON."""
+    write(*json.loads(sys.argv[1]))
+
+
 def write(fields: dict[str, Any], repeats: int, path: str) -> None:
-    """Write the tree of ``repeats`` calls of the problem of these fields; what the other process does."""
+    """Write the tree of ``repeats`` calls of the problem of these fields."""
     import torch
     import triton.profiler as proton
 

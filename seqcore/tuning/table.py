@@ -55,7 +55,7 @@ def make(
         rows.setdefault(problem.section, []).append(problem.row(found["choice"], device) | {"measured": measured})
     said = f"Measured by seqcore tune on {here['device']}, torch {here['torch']}, triton {here['triton']}."
     if any("measured" not in row for _, row in tables.rows(before)):
-        said += OTHERS + before["provenance"].rpartition(OTHERS)[2]
+        said += OTHERS + before.get("provenance", "").rpartition(OTHERS)[2]
     new = {
         "format": tables.FORMAT,
         "arch": device.arch,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Promise:
     """What holds whatever a caller does, how that is tested, and by which tests.
 
-    ``tests`` are beginnings of pytest's names from ``tests/`` on: "test_limits.py", or
-    "test_limits.py::test_batch", or that with the parameters in brackets.
+    ``tests`` are pytest's names from ``tests/`` on: of a whole file, "test_limits.py", of one test,
+    "test_limits.py::test_batch", or of that with its parameters in brackets.
     """
 
     words: str

@@ -16,6 +16,9 @@ TITLES = {
     "limits": "Sizes and their limits",
     "concurrency": "Several at once",
     "numerics": "Numbers",
+    "determinism": "The same bits again",
+    "surroundings": "Other GPUs, none, and other versions",
+    "supply": "Files, network and installation",
 }
 
 
