@@ -12,7 +12,6 @@ interpreted launches take turns, those of autograd's threads, too.
 
 import functools
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -29,13 +28,14 @@ def settle(module: dict[str, Any]) -> None:
             if value.module == module["__name__"]:
                 _ = value.cache_key
         elif isinstance(value, KernelInterface) and value.fn.__module__ == module["__name__"]:
-            value.run = _alone(value.run)
+            # Its class, and no attribute of its own: what tests put in the place of the stock class's run is to be run.
+            value.__class__ = _taking_turns(type(value))
 
 
-def _alone(run: Callable) -> Callable:
-    @functools.wraps(run)
-    def run_alone(*arguments: Any, **keywords: Any) -> Any:
+@functools.cache
+def _taking_turns(kind: type) -> type:
+    def run(self, *arguments: Any, **keywords: Any) -> Any:
         with _interpreter:
-            return run(*arguments, **keywords)
+            return kind.run(self, *arguments, **keywords)
 
-    return run_alone
+    return type(kind.__name__, (kind,), {"run": run})
