@@ -206,7 +206,7 @@ def locked(journal: Path) -> IO:
 def join_sanitized(out: Path, run_key: str) -> None:
     """What the sanitizer said, put beside the numerics in verify.json, whichever of the two ran again."""
     verified, found = out / VERIFIED, run_sanitizer.rows(Journal(out / JOURNAL, run_key, run_sanitizer.KIND))
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         write_whole(verified, json.dumps(json.loads(verified.read_text()) | {"sanitizer": found}, indent=1))
 
 

@@ -99,7 +99,8 @@ class Cell:
         for role in ("step", "step_backward", "reference", "reference_backward"):
             function = getattr(self, role)
             # Empty where no kernel is ever launched.
-            named = role.startswith("step") and isinstance(function, str) and function.count(":") == bool(function)
+            parts = function.split(":") if role.startswith("step") and isinstance(function, str) else None
+            named = parts == [""] or (parts is not None and len(parts) == 2 and all(parts))
             if not (callable(function) or named or (role == "reference_backward" and function is None)):
                 allowed = 'a function, or "module:function"' if role.startswith("step") else "a function"
                 raise InvalidInput(

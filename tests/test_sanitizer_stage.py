@@ -143,7 +143,7 @@ def test_what_hangs_is_ended_with_all_that_it_began(tmp_path, program):
             time.sleep(60)
         print({CLEAN!r})
     """)
-    status, words, left, rows = run(tmp_path, "--case-seconds", "1.5")
+    status, words, left, rows = run(tmp_path, "--case-seconds", "6")
     assert (status, left) == (1, True) and f"first synccheck of {PROBLEM.name}: hung" in words
     assert [row["ended"] for row in rows] == ["clean"] * 3 + ["hung"]
     deadline = time.monotonic() + 10

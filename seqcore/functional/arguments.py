@@ -1,6 +1,5 @@
 """Checks of single arguments, which functions and modules of all kinds share; before any computing."""
 
-import numbers
 import sys
 from typing import Any
 
@@ -10,6 +9,10 @@ from torch import Tensor
 from ..errors import InvalidInput
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The largest number of the kernels' own arithmetic.
+LARGEST = torch.finfo(torch.float32).max
+# As tuples: a union would be built anew at each call.
+_BOOLS, _NUMBERS = (bool, torch.SymBool), (int, float, torch.SymFloat, torch.SymInt)
 # What a size or a number of positions may be at most: beyond it torch raises what tells nobody which argument it was.
 LARGEST_SIZE = 2**31 - 1
 
@@ -21,7 +24,7 @@ def shown(value: Any) -> str:
 
 def is_number(value: Any) -> bool:
     """Whether ``value`` is an int or a float of Python's or of a traced graph's; a bool is none."""
-    return isinstance(value, int | float | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def is_size(value: Any, least: int = 1) -> bool:
@@ -32,7 +35,7 @@ def is_size(value: Any, least: int = 1) -> bool:
 def check_flags(name: str, **flags: Any) -> None:
     """Raise InvalidInput for what is neither True nor False."""
     for flag, value in flags.items():
-        if not isinstance(value, bool | torch.SymBool):
+        if not isinstance(value, _BOOLS):
             raise InvalidInput(f"{name}: {flag} must be True or False, got {shown(value)}")
 
 
@@ -61,7 +64,7 @@ def check_factory(name: str, device: Any, dtype: Any) -> None:
 
     None stands for torch's defaults.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and dtype not in FLOATS:
         raise InvalidInput(f"{name}: dtype must be floating point, got {shown(dtype)}; None is torch's default")
     if device is None or isinstance(device, torch.device):
         return
@@ -75,16 +78,18 @@ def check_factory(name: str, device: Any, dtype: Any) -> None:
 
 def check_probability(name: str, p: Any) -> None:
     """Raise InvalidInput for what is no probability of dropout, in torch's words."""
-    if not isinstance(p, numbers.Real) or not 0 <= p <= 1:
+    if not is_number(p) or not 0 <= p <= 1:
         raise InvalidInput(
             f"{name}: dropout probability has to be between 0 and 1, but got {p!r}; pass a float, 0.0 to drop nothing"
         )
 
 
 def check_clip(name: str, clip: Any) -> None:
-    """Raise InvalidInput for what bounds no gradient: neither None nor a positive number that a float holds."""
-    if clip is not None and not (is_number(clip) and (0 < clip <= sys.float_info.max or clip == float("inf"))):
-        raise InvalidInput(f"{name}: grad_clip must be a positive number, got {clip!r}; leave it out not to clip")
+    """Raise InvalidInput for what bounds no gradient: neither None nor a positive number that float32 holds."""
+    if clip is not None and not (is_number(clip) and (0 < clip <= LARGEST or clip == float("inf"))):
+        raise InvalidInput(
+            f"{name}: grad_clip must be a positive number that float32 holds, got {clip!r}; leave it out not to clip"
+        )
 
 
 def check_decades(name: str, decades: Any) -> None:

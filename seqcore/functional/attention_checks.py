@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .arguments import check_flags, is_number, is_size
+from .arguments import LARGEST, check_flags, check_strided, is_number, is_size
 from .autocast import autocasting, target_dtype
 from .values import readable
 
 NAME = "attention"
-LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -171,6 +170,7 @@ def _check_mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> N
         return
     if not isinstance(mask, Tensor):
         raise InvalidInput(f"{NAME}: attn_mask must be a Tensor or None, got {type(mask).__name__}")
+    check_strided(NAME, "attn_mask", mask)
     allowed = (torch.bool, query.dtype, torch.float32)
     if mask.dtype not in allowed and not (mask.is_floating_point() and autocasting(query.device.type)):
         raise InvalidInput(
@@ -214,6 +214,7 @@ def _check_vector(name: str, vector: Tensor, size: int, query: Tensor, floating:
     if not isinstance(vector, Tensor) or tuple(vector.shape) != (size,):
         got = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise InvalidInput(f"{NAME}: {name} must be a Tensor of shape [{size}], got {got}")
+    check_strided(NAME, name, vector)
     if not (vector.is_floating_point() if floating else vector.dtype in (torch.int32, torch.int64)):
         raise InvalidInput(
             f"{NAME}: {name} must be {'floating point' if floating else 'int32 or int64'}, got {vector.dtype}"

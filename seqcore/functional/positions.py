@@ -6,7 +6,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..reference.recurrence import wide
 from ..reference.sizes import is_among
-from .arguments import check_base, check_factory, check_flags, check_sizes, is_size, shown
+from .arguments import check_base, check_factory, check_flags, check_sizes, check_strided, is_size, shown
 
 
 def sinusoidal_positions(
@@ -112,6 +112,7 @@ def _check_positions(name: str, positions: Tensor) -> None:
         raise InvalidInput(
             f"{name}: positions must be a Tensor, got {type(positions).__name__}; torch.arange(M) numbers M rows"
         )
+    check_strided(name, "positions", positions)
     if positions.dtype == torch.bool or positions.is_complex():
         raise InvalidInput(f"{name}: positions must be integers or floating point, got {positions.dtype}")
 

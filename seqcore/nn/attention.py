@@ -172,14 +172,14 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
         kind = ("average" if average_attn_weights else "per_head") if need_weights else None
         try:
             found = functional.attention(q, k, v, **options, return_weights=kind, backend=self.backend)
-        except Exception:
+            out, weights = found if need_weights else (found, None)
+            out = self.out_proj(out.transpose(1, 2).flatten(2))
+        except BaseException:
             if cache is not None:
-                # Nobody attended to them, and whoever tries again, on another backend say, will append them again.
-                cache.take_back(key.shape[1])
+                # Whoever tries again, on another backend say, will append them again.
+                cache._take_back(key.shape[1])
             raise
-        out, weights = found if need_weights else (found, None)
         weights = weights if weights is None or batched else weights.squeeze(0)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
         return layout.leave(out), weights
 
     def _check_positions(self, query: Tensor, key: Tensor, cache: KVCache | None, masked: bool) -> None:

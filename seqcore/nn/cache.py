@@ -156,7 +156,7 @@ class KVCache(nn.Module):
             )
         self.lengths.clamp_(max=lengths)
 
-    def take_back(self, count: int) -> None:
+    def _take_back(self, count: int) -> None:
         """Undo the last ``update``, which appended ``count`` tokens to every sequence."""
         self.lengths -= count
         self._longest -= count

@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [subject for name, subject in subjects().items() if not options.subjects or name in options.subjects]
     promises = [promise for subject in chosen for promise in subject.promises]
     guards = [guard for subject in chosen for guard in subject.guards]
+    last.where()
     broken = []
     if options.only in (None, "promises"):
         broken += _promises(promises, options.jobs)
@@ -42,13 +43,13 @@ def _promises(promises: Sequence[Promise], jobs: int) -> list[str]:
         for at_night in (False, True)
     )
     found = last.read()
-    found["promises"] |= (results := last.of_promises(promises, usual, nightly))
+    found["promises"] |= last.of_promises(promises, usual, nightly)
     last.write(found)
     return [
-        f"{promise.words}: {', '.join(names) or 'no test of it ran'}"
+        f"{promise.words}: {', '.join(names) or 'no test of it was found'}"
         for promise in promises
         if (names := [o.name for o in of_promise(promise, [*usual, *nightly]) if o.ended == "failed"])
-        or not results[promise.words]["passed"]
+        or not of_promise(promise, nightly)
     ]
 
 

@@ -5,9 +5,10 @@ from .kinds import Guard, Promise
 PROMISES = [
     Promise(
         "Programs that wait for each other give the same bits, the right ones, in whatever order they run.",
-        "All cells and forms of input, interpreted, under seeded random schedules that switch before every access to "
-        "memory, with a GPU's weak memory and without: more than two thousand in a night; so are the kernels that "
-        "measure waiting. Barriers with any of their lines taken out fail under nearly every schedule.",
+        "Five cells, two of one's own, in every form of input and every kind of plan, interpreted, under seeded random "
+        "schedules that switch before every access to memory, with a GPU's weak memory and without: more than two "
+        "thousand in a night; larger ones with relu and both directions, and the kernels that measure waiting. "
+        "Barriers with any of their lines taken out fail under nearly every schedule.",
         (
             "test_explored_schedules.py",
             "test_explored_recurrence.py",
@@ -42,8 +43,8 @@ PROMISES = [
         ),
     ),
     Promise(
-        "Nothing hangs with SEQCORE_DEBUG=1: a program that waits too long stops its launch; without it nothing is "
-        "compiled that could.",
+        "With SEQCORE_DEBUG=1 a program that has polled 2^24 times for the others of its launch stops it; without it "
+        "nothing is compiled that could.",
         "Interpreted, kernels without their signal raise; compiled for sm_80, sm_90, sm_100 and gfx942, they hold the "
         "trap with the variable and not without.",
         ("test_watchdog.py",),
@@ -60,6 +61,12 @@ PROMISES = [
         "Forward and backward on several streams, backward on another stream than forward, graphs beside eager "
         "launches, against one after the other; needs a GPU.",
         ("test_streams.py",),
+    ),
+    Promise(
+        "`make gpu` runs every kernel under compute-sanitizer's four tools, and what they find, or cannot look at, is "
+        "in its results.",
+        "A program in its place prints what it would: clean, errors, a crash, a hang; needs a GPU for the real one.",
+        ("test_sanitizer_stage.py",),
     ),
 ]
 
@@ -209,17 +216,24 @@ GUARDS = [
         "test_concurrency.py::test_explanations_are_of_the_thread_that_asks",
     ),
     Guard(
-        "who wants the other precision waits",
+        "threads take turns at torch's switch for float32 products",
         "seqcore/ops/precision.py",
-        "lambda: not _users or switch.fp32_precision == wanted",
-        "lambda: True",
+        "    with _switching:\n",
+        "    if True:\n",
         "test_concurrency.py::test_the_switch_for_float32_products_is_right_in_every_thread_and_is_put_back",
     ),
     Guard(
-        "the last one out puts the switch back",
+        "the switch is put back",
         "seqcore/ops/precision.py",
-        "            torch.backends.cuda.matmul.fp32_precision = _before\n",
-        "",
+        "            switch.fp32_precision = before\n",
+        "            pass\n",
         "test_concurrency.py::test_the_switch_for_float32_products_is_right_in_every_thread_and_is_put_back",
+    ),
+    Guard(
+        "what the sanitizer has not seen to its end is not clean",
+        "benchmarks/stages/run_sanitizer.py",
+        "ended = CLEAN if errors == 0 and status == 0 else CRASHED",
+        "ended = CLEAN if not errors else CRASHED",
+        "test_sanitizer_stage.py",
     ),
 ]

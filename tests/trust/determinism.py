@@ -5,7 +5,7 @@ from .kinds import Guard, Promise
 PROMISES = [
     Promise(
         "The same inputs, options and seeds give the same bits of outputs and gradients, in every repeat and in "
-        "every process on the same machine, whatever PYTHONHASHSEED is. Of backend \"aten\" that is torch's to "
+        "every process on the same machine, under another PYTHONHASHSEED, too. Of backend \"aten\" that is torch's to "
         "promise, and so it is of products on a CPU with another number of threads.",
         "Digests of outputs and gradients of recurrences in every layout and of attention with every feature, as plain "
         "PyTorch, through our operators, and interpreted: repeated here and in another process.",

@@ -149,7 +149,7 @@ GUARDS = [
     Guard(
         "tokens that nobody attended to are taken back",
         "seqcore/nn/attention.py",
-        "                cache.take_back(key.shape[1])\n",
+        "                cache._take_back(key.shape[1])\n",
         "                pass\n",
         f"{CACHE}::test_what_a_backend_refuses_is_not_appended",
     ),

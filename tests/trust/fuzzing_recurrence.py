@@ -148,7 +148,7 @@ GUARDS = [
     ),
     Guard(
         "A probability is a number.", "seqcore/functional/arguments.py",
-        "if not isinstance(p, numbers.Real) or not 0 <= p <= 1:", "if not 0 <= p <= 1:",
+        "if not is_number(p) or not 0 <= p <= 1:", "if not 0 <= p <= 1:",
         f"{MISUSE}::test_what_was_found[no number as dropout]",
     ),
     Guard(

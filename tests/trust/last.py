@@ -1,6 +1,7 @@
 """What came out when promises and mutants were last tried, in last.json."""
 
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from benchmarks.environment import commit, cpu_name, version
 from seqcore.files import write_whole
 
-from .kinds import Promise
+from .kinds import Guard, Promise
 from .mutating import Verdict
 from .running import Outcome, of_promise
 from .subjects import subjects
@@ -20,10 +21,19 @@ FILE = Path(__file__).with_name("last.json")
 
 
 def read() -> dict[str, Any]:
-    """By the words of each, of those that there still are: {"promises": {…}, "guards": {…}}."""
+    """By the words of each: {"promises": {…}, "guards": {…}}; of those that are as they were when they were tried."""
     found = json.loads(FILE.read_text()) if FILE.exists() else {"promises": {}, "guards": {}}
-    known = {thing.words for subject in subjects().values() for thing in (*subject.promises, *subject.guards)}
-    return {kind: {words: kept for words, kept in of.items() if words in known} for kind, of in found.items()}
+    things = (thing for subject in subjects().values() for thing in (*subject.promises, *subject.guards))
+    today = {thing.words: _hash(thing) for thing in things}
+    return {
+        kind: {words: kept for words, kept in of.items() if kept["of"] == today.get(words)}
+        for kind, of in found.items()
+    }
+
+
+def _hash(thing: Promise | Guard) -> str:
+    """Of what it says, tries and replaces."""
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
 
 
 def write(found: dict[str, Any]) -> None:
@@ -54,6 +64,7 @@ def of_promises(
             "usual": _cases(of_promise(promise, usual)),
             "nightly": _cases(of_night),
             **{word: ended[word] for word in ("passed", "failed", "skipped")},
+            "of": _hash(promise),
             **where(),
         }
     return found
@@ -65,4 +76,4 @@ def _cases(outcomes: Iterable[Outcome]) -> int:
 
 def of_guards(verdicts: Iterable[Verdict]) -> dict[str, dict[str, Any]]:
     """What became of each guard's mutant."""
-    return {verdict.guard.words: {"mutant": verdict.word, **where()} for verdict in verdicts}
+    return {v.guard.words: {"mutant": v.word, "of": _hash(v.guard), **where()} for v in verdicts}

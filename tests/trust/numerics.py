@@ -12,8 +12,10 @@ PROMISES = [
     Promise(
         "That holds at the ends of what numbers can say: saturated gates, the largest inputs and states, denormal "
         "numbers, logits of a thousand, and, where one key decides a row, of a million.",
-        "Recurrences and attention by their kernels against float64, at every such scale. Backward makes scores anew, "
-        "and can be no better than the order in which a GPU adds up products; interpreted, they are added up exactly.",
+        "Recurrences, but for relu, and attention by their kernels against float64, at every such scale. Not judged "
+        "are the gradients of gates that are saturated in 16 bits, which keep 0 or 1 of them, and those of query and "
+        "key where one key decides. Backward makes scores anew, and can be no better than the order in which a GPU "
+        "adds up products; interpreted, they are added up exactly.",
         (
             "test_extremes_kernels.py::test_recurrences_at_every_scale",
             "test_extremes_kernels.py::test_attention_at_every_scale",
@@ -25,8 +27,9 @@ PROMISES = [
         ),
     ),
     Promise(
-        "What overflows in 16 or 32 bits is infinite, or NaN, exactly where it is in torch.",
-        "A recurrence that grows past the largest number, and logits past it.",
+        "What overflows is infinite, or NaN, exactly where it is in torch.",
+        "A recurrence that grows past the largest number, in 16 and 32 bits, and float32 logits past it; of the "
+        "recurrence the output, of attention the gradients, too.",
         (
             "test_extremes_kernels.py::test_what_overflows_is_infinite_where_torchs_is",
             "test_extremes_kernels.py::test_logits_past_the_largest_number_are_nan_where_torchs_are",
