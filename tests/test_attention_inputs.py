@@ -32,14 +32,18 @@ def attend(request, device):
     return call
 
 
-def everything(attend, inputs, dout=None, **options):
-    """out, lse, and the gradients of query, key, value and of what else requires one."""
+def everything(attend, inputs, cotangents=(), **options):
+    """out, lse, weights if asked for, and the gradients of query, key, value and of what else requires one.
+
+    The gradients that arrive are ``cotangents``, of out, lse and weights, or ones.
+    """
     leaves = [t.clone().requires_grad_() for t in inputs]
     learned = {name: t.clone().requires_grad_() for name, t in options.items() if t is not None and name in LEARNED}
-    out, lse = attend(*leaves, **options | learned)
-    dout = torch.ones_like(out) if dout is None else dout.to(out)
-    found = torch.autograd.grad((out, lse), [*leaves, *learned.values()], (dout, torch.ones_like(lse)))
-    return dict(zip(("out", "lse", "query", "key", "value", *learned), (out, lse, *found), strict=True))
+    results = attend(*leaves, **options | learned)
+    arriving = [t.to(y) for t, y in zip(cotangents or map(torch.ones_like, results), results, strict=True)]
+    found = torch.autograd.grad(results, [*leaves, *learned.values()], arriving)
+    names = *("out", "lse", "weights")[: len(results)], "query", "key", "value", *learned
+    return dict(zip(names, (*results, *found), strict=True))
 
 
 LEARNED = ("sinks", "attn_mask")
@@ -49,11 +53,19 @@ def lengths():
     return {"query_lengths": torch.tensor([3, 5]), "key_lengths": torch.tensor([4, 6])}
 
 
+BEHIND_LENGTHS = {
+    "plain": {},
+    "causal": {"causal": "lower_right", "window": (2, 1)},
+    "average": {"return_weights": "average"},
+    "per_head": {"return_weights": "per_head"},
+}
+
+
 def filled(tensors, padding, filling):
     return [t.masked_fill(past.to(t.device), filling) for t, past in zip(tensors, padding, strict=True)]
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": "lower_right", "window": (2, 1)}], ids=["plain", "causal"])
+@pytest.mark.parametrize("options", BEHIND_LENGTHS.values(), ids=BEHIND_LENGTHS)
 @pytest.mark.parametrize("bad", BAD)
 def test_nothing_behind_lengths_reaches_anything(bad, options, attend, device):
     """Rows of queries, keys and values, entries of the mask, and gradients that arrive where nothing was asked for."""
@@ -64,14 +76,18 @@ def test_nothing_behind_lengths_reaches_anything(bad, options, attend, device):
     unseen = past_q[:, None, :, None] | past_k[:, None, None, :]
     inputs = qkv(B, H, heads_kv=KV, M=M, N=N, D=D, DV=DV, device=device)
     mask, sinks = torch.randn(B, 1, M, N, device=device), torch.randn(H, device=device)
-    dout = torch.randn(B, H, M, DV)
+    cotangents, behind = [torch.randn(B, H, M, DV), torch.randn(B, H, M)], [padding[0], past_q[:, None]]
+    if "return_weights" in options:
+        averaged = options["return_weights"] == "average"
+        cotangents.append(torch.randn(B, M, N) if averaged else torch.randn(B, H, M, N))
+        behind.append(unseen[:, 0] if averaged else unseen)
 
     def found(filling):
-        dout_filled = dout.masked_fill(padding[0], filling)
         (bias,) = filled([mask], [unseen], filling)
         return everything(
-            attend, filled(inputs, padding, filling), dout_filled, attn_mask=bias, sinks=sinks, **lengths(), **options
-        )
+            attend, filled(inputs, padding, filling), filled(cotangents, behind, filling), attn_mask=bias, sinks=sinks,
+            **lengths(), **options,
+        )  # fmt: skip
 
     expected = found(0.0)
     for name, tensor in found(bad).items():

@@ -116,7 +116,8 @@ def attention(
     additive -inf, may reach all. Give padding as lengths.
 
     Returns:
-        out [*, H, M, DV], zeros for queries that may see no key; then what was asked for: lse, -inf for those; weights.
+        out [*, H, M, DV], zeros for queries that may see no key; then what was asked for: lse, -inf for those, or their
+        sink; weights. Behind lengths all three are constants: gradients that arrive there are not looked at.
 
     Raises:
         InvalidInput: for wrong ranks, sizes, dtypes, devices or combinations.

@@ -77,7 +77,7 @@ def backward(
     dq = _dq(given, inputs, q) if want_q else None
     dk, dv = _dkdv(given, inputs, k, v) if want_k or want_v else (None, None)
     dmask = _dmask(given, inputs, mask) if want_mask else None
-    dsinks = _dsinks(given, sinks, statistics, dlse) if want_sinks else None
+    dsinks = _dsinks(given, sinks, statistics) if want_sinks else None
     return dq, dk, dv, dmask, dsinks
 
 
@@ -129,19 +129,18 @@ def _dmask(given: Arguments, inputs: tuple, mask: Tensor) -> Tensor:
     return found.sum_to_size(mask.shape).to(mask.dtype)
 
 
-def _dsinks(given: Arguments, sinks: Tensor, statistics: Tensor, dlse: Tensor | None) -> Tensor:
+def _dsinks(given: Arguments, sinks: Tensor, statistics: Tensor) -> Tensor:
     row_max, row_scale, delta, _ = statistics.unbind(-1)
+    # Rows of no packed sequence have neither sink nor scale.
+    inside = row_scale != 0
     lengths = None if given.packed else given.sequences.q_ptr
     if lengths is not None:
-        # In the padding out is 0, which a gradient that is not finite makes NaN of.
-        inside = torch.arange(delta.shape[2], device=delta.device) < lengths[:, None, None]
-        delta = torch.where(inside, delta, 0.0 if dlse is None else -dlse)
+        # Gradients that arrive in the padding, finite or not, are none of the sink's.
+        inside = inside & (torch.arange(delta.shape[2], device=delta.device) < lengths[:, None, None])
     # exp(sink - lse), the sink's own part of each row.
     logits = sinks.float()[:, None] * math.log2(math.e)
     part = torch.exp2(logits - row_max) * row_scale
-    # Rows of no packed sequence have neither.
-    part = torch.where(row_scale == 0, 0.0, part)
-    return -(part * delta).sum((0, 2)).to(sinks.dtype)
+    return -torch.where(inside, part * delta, 0.0).sum((0, 2)).to(sinks.dtype)
 
 
 def weights(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, *options) -> Tensor:

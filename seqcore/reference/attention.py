@@ -167,12 +167,14 @@ def attention(
         attn_mask=attn_mask, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
     weights, lse, rows = normalise(logits, sinks)
+    # Weights are zeros in the padding already, as out is, but so is what their gradient brings back: a NaN that arrives
+    # there, times a weight of 0, would be one. lse is the sink there, and a constant.
+    weights = weights_without_padding(weights, query_lengths, key_lengths, rank)
+    lse = without_padding(lse[..., None], query_lengths, rank, lse[..., None].detach()).squeeze(-1)
     if dropout_p:
         heads = weights.shape[-3] if weights.dim() > 2 else 1
         weights = drop(weights, keep(grid, range(heads), heads, dropout_p, dropout_seed), dropout_p)
     out = (weights @ value.to(weights.dtype)).to(query.dtype)
-    # Zeros already, but so is what their gradient brings back: a NaN that arrives there, times a weight of 0, would be
-    # one.
     return Result(without_padding(out, query_lengths, out.dim()), lse, weights, rows)
 
 
@@ -194,15 +196,23 @@ def grid_of(
     return dense_grid(lead, M, N, query.device, query_lengths, key_lengths, first_sequence)
 
 
-def without_padding(tensor: Tensor, lengths: Tensor | None, rank: int = 4) -> Tensor:
-    """Rows with zeros past each sequence's length: a NaN there, times a weight of 0, would be NaN.
+def without_padding(tensor: Tensor, lengths: Tensor | None, rank: int = 4, padding: Tensor | float = 0) -> Tensor:
+    """Rows with ``padding`` past each sequence's length: a NaN there, times a weight of 0, would be NaN.
 
     Lengths are those of the first of ``rank`` dimensions, to which the tensor broadcasts.
     """
     if lengths is None:
         return tensor
     row = torch.arange(tensor.shape[-2], device=tensor.device)[:, None]
-    return torch.where(row < lengths.reshape(-1, *(1,) * (rank - 1)), tensor, 0)
+    return torch.where(row < lengths.reshape(-1, *(1,) * (rank - 1)), tensor, padding)
+
+
+def weights_without_padding(
+    weights: Tensor, query_lengths: Tensor | None, key_lengths: Tensor | None, rank: int = 4
+) -> Tensor:
+    """Weights [*, M, N], or their gradient, with zeros past each sequence's queries and past its keys."""
+    weights = without_padding(weights, query_lengths, rank)
+    return without_padding(weights.transpose(-2, -1), key_lengths, rank).transpose(-2, -1)
 
 
 def normalise(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,4 +303,5 @@ def average_weights(query: Tensor, key: Tensor, **options) -> Tensor:
         found = one_head(query, key, head, **options)
         weights = found.weights if found.kept is None else drop(found.weights, found.kept, options["dropout_p"])
         total = total + weights.squeeze(1)
-    return total / heads
+    # Zeros there already, and so is their gradient then: see ``attention``.
+    return weights_without_padding(total / heads, options["query_lengths"], options["key_lengths"], rank=3)

@@ -13,6 +13,7 @@ from .attention import (
     one_head,
     repeat_heads,
     scores,
+    weights_without_padding,
     without_padding,
 )
 from .precision import without_autocast
@@ -71,7 +72,7 @@ def backward(
     dout = without_padding(dout, sequences["query_lengths"])
     delta = (out.to(acc) * dout).sum(-1)
     if dlse is not None:
-        delta = delta - dlse
+        delta = delta - without_padding(dlse[..., None], sequences["query_lengths"]).squeeze(-1)
     met, dweights = weights, dout @ v.transpose(-2, -1)
     if dropout_p:
         heads = query.shape[1]
@@ -103,6 +104,7 @@ def average_weights_backward(dweights: Tensor, query: Tensor, key: Tensor, **opt
     dq, dk = torch.zeros_like(query, dtype=acc), torch.zeros_like(key, dtype=acc)
     dmask = torch.zeros_like(mask, dtype=acc) if mask is not None and mask.is_floating_point() else None
     dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=acc)
+    dweights = weights_without_padding(dweights, options["query_lengths"], options["key_lengths"], rank=3)
     for head in range(heads):
         one, of_key = slice(head, head + 1), head * key.shape[1] // heads
         found = one_head(query, key, head, **options)
