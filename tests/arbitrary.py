@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqcore import InvalidInput, UnsupportedInput
 
-from .effort import tried
+from .effort import seeded, tried
 
 DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool,
@@ -29,6 +29,7 @@ PLAIN = (
 )  # fmt: skip
 
 
+@seeded()
 def filled(shape: tuple[int, ...], dtype: torch.dtype, filling: float | None, device: str = "cpu") -> Tensor:
     """A tensor full of ``filling``, or of small random numbers; what the dtype does not hold becomes 1."""
     if dtype.is_floating_point or dtype.is_complex:

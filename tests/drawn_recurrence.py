@@ -42,6 +42,7 @@ LAYOUTS = {
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "wider rows": lambda t: torch.cat([t, t + 1], -1)[..., : t.shape[-1]],
     "every second": lambda t: torch.stack([t + 1, t], -1).flatten(-2)[..., 1::2],
+    "flipped": lambda t: t.flip(0).flip(0),
     "odd offset": lambda t: torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape),
     "expanded rows": lambda t: t[:1].expand(t.shape),
     "expanded": lambda t: t[..., :1].expand(t.shape),
@@ -251,11 +252,21 @@ class Problem:
                 )
             )  # fmt: skip
 
-    def results(self, backend: str | None, dtype: torch.dtype | None = None) -> Results:
-        """Every output, and every gradient of a fixed weighing of them, by name."""
+    def results(
+        self, backend: str | None, dtype: torch.dtype | None = None, past_the_end: float | None = None
+    ) -> Results:
+        """Every output, and every gradient of a fixed weighing of them, by name.
+
+        ``past_the_end`` is what arrives as the gradient of y and of every step's c where no sequence is.
+        """
         leaves = {name: t.to(dtype or t.dtype).detach().requires_grad_() for name, t in self.leaves.items()}
         outputs = self.outputs(leaves, backend)
-        found = torch.autograd.grad(outputs, list(leaves.values()), cotangents(outputs), materialize_grads=True)
+        weights = cotangents(outputs)
+        if past_the_end is not None and not self.call.form.startswith("packed"):
+            # Of y, and of every step's c, which is the last output.
+            for index in (0, -1) if self.call.options.get("return_cells") else (0,):
+                weights[index] = weights[index].masked_fill(unread(self)["x"].to(self.device), past_the_end)
+        found = torch.autograd.grad(outputs, list(leaves.values()), weights, materialize_grads=True)
         return {f"output {index}": out.detach() for index, out in enumerate(outputs)} | {
             f"gradient of {name}": gradient for name, gradient in zip(leaves, found, strict=True)
         }
@@ -332,14 +343,14 @@ def unread(problem: Problem) -> dict[str, Tensor]:
 
 
 def assert_unread_may_be_nan(call: Call, backend: str | None, device: torch.device | str = "cpu") -> None:
-    """What no step reads may be NaN: y and all gradients stay as they are, to the last bit."""
+    """What no step reads may be NaN, and so may the gradient of y there: y and all gradients keep their bits."""
     problem = Problem(call, device)
     leaves, masks = problem.leaves, unread(problem)
 
     def filled(value):
         filled_in = {name: torch.where(mask.to(device), value, leaves[name]) for name, mask in masks.items()}
         problem.leaves = leaves | filled_in
-        return problem.results(backend)
+        return problem.results(backend, past_the_end=value)
 
     found, clean = filled(torch.nan), filled(0.0)
     # The state of a sequence of no steps is handed on as it is.
@@ -350,7 +361,7 @@ def assert_unread_may_be_nan(call: Call, backend: str | None, device: torch.devi
 def assert_stays_in_its_sequence(
     call: Call, t: int, b: int, value: float, backend: str | None, device: torch.device | str = "cpu"
 ) -> None:
-    """NaN where the reference in float64 is NaN, right elsewhere; and other sequences as if nothing had been."""
+    """NaN and infinite where the reference in float64 is, right elsewhere; other sequences as if nothing had been."""
     problem = Problem(call, device)
     problem.leaves["x"] = problem.leaves["x"].contiguous()
     clean = problem.results(backend)
@@ -362,6 +373,7 @@ def assert_stays_in_its_sequence(
     for name, expected in exact.items():
         nan = expected.isnan()
         assert torch.equal(found[name].isnan(), nan), name
+        assert torch.equal(found[name][expected.isinf()].double(), expected[expected.isinf()]), name
         kept = ~nan & expected.isfinite()
         if call.dtype == torch.float64:
             assert_equal_in_float64({name: found[name][kept]}, {name: expected[kept]})

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import seqcore
 from seqcore.devices import INTERPRETED
 from seqcore.functional import attention
+from seqcore.kernels import settled
 from seqcore.kernels.recurrence import forward as kernels
 from seqcore.ops.precision import library_precision
 
@@ -257,32 +258,45 @@ def test_checkpoints_drop_again_what_they_dropped(reentrant, by_the_function):
 # --- interpreted ----------------------------------------------------------------------------------------------------
 
 
-class Pausing:
-    """A hook inside a launch that tells it is there, and how many are at once."""
+class Meeting:
+    """A hook inside a launch: the first one waits there until another thread's has come in too, or stands at the lock.
 
-    def __init__(self, wait_s):
-        self.wait_s, self.inside, self.most = wait_s, 0, 0
-        self.entered = threading.Semaphore(0)
+    It is also that lock, since whoever waits at one is not seen.
+    """
+
+    def __init__(self, job, lock):
+        self.lock, self.other = lock, threading.Thread(target=job, daemon=True)
+        self.inside, self.most, self.met = 0, 0, threading.Event()
 
     def __call__(self, *arguments, **keywords):
         self.inside += 1
         self.most = max(self.most, self.inside)
-        self.entered.release()
-        # Until another has come, or will not come any more.
-        self.entered.acquire()
-        self.entered.acquire(timeout=self.wait_s)
+        if self.other.ident is None:
+            self.other.start()
+            assert self.met.wait(60), "the other launch neither came nor waited"
+        else:
+            self.met.set()
         self.inside -= 1
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.met.set()
+            self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
 
 
 @pytest.mark.kernels
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter alone has one state for all threads")
 def test_interpreted_launches_take_turns(monkeypatch):
     module, x = models("triton", "cpu")[0]
-    kernel, pausing = kernels.recurrence_forward_kernel, Pausing(0.5)
-    monkeypatch.setattr(kernel, "pre_run_hooks", [pausing])
-    with torch.no_grad():
-        at_once(*[lambda: module(x)] * 2)
-    assert pausing.most == 1
+    meeting = Meeting(lambda: module(x), settled._interpreter)
+    monkeypatch.setattr(settled, "_interpreter", meeting)
+    monkeypatch.setattr(kernels.recurrence_forward_kernel, "pre_run_hooks", [meeting])
+    module(x)
+    meeting.other.join(60)
+    assert meeting.most == 1
 
 
 @pytest.mark.kernels

@@ -12,15 +12,18 @@ from seqcore import functional, nn
 
 from .arbitrary import attempt, each_replaced, refused, replaced
 from .attention_twins import doubled
-from .comparisons import assert_within
-from .effort import drawn
+from .comparisons import assert_equal_in_float64
+from .effort import drawn, seeded
 
 E, HEADS = 6, 2
-QUERY, KEY, VALUE = torch.randn(2, 2, 4, 3), torch.randn(2, 2, 5, 3), torch.randn(2, 2, 5, 3)
+with seeded():
+    QUERY, KEY, VALUE = torch.randn(2, 2, 4, 3), torch.randn(2, 2, 5, 3), torch.randn(2, 2, 5, 3)
+    SLOPES, SINKS, WIDE = torch.rand(2), torch.rand(2), torch.randn(2, 4, 6)
+    X, MEMORY = torch.randn(4, 2, E), torch.randn(5, 2, E)
 QKV = {"query": QUERY, "key": KEY, "value": VALUE}
 EVERYTHING = QKV | {
     "attn_mask": torch.ones(4, 5).bool(), "causal": "lower_right", "scale": 0.5, "window": (2, 1), "softcap": 1.0,
-    "alibi_slopes": torch.rand(2), "sinks": torch.rand(2), "query_lengths": torch.tensor([4, 2]),
+    "alibi_slopes": SLOPES, "sinks": SINKS, "query_lengths": torch.tensor([4, 2]),
     "key_lengths": torch.tensor([3, 5]), "dropout_p": 0.2, "dropout_seed": 5, "enable_gqa": True, "return_lse": True,
     "return_weights": "average",
 }  # fmt: skip
@@ -49,7 +52,9 @@ def ordinary(given: dict) -> bool:
 
 
 def named(found: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
-    return {str(i): t.detach() for i, t in enumerate(found if isinstance(found, tuple) else (found,))}
+    """Results by number; of those without elements the width alone: torch's own attention broadcasts none of them."""
+    each = enumerate(found if isinstance(found, tuple) else (found,))
+    return {str(i): t.detach() if t.numel() else t.new_zeros(0, t.shape[-1]) for i, t in each}
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -59,9 +64,9 @@ def test_attention(name, data):
     given = data.draw(replaced(valid, optional))
     found = attempt(function, **given)
     if not refused(found) and ordinary(given):
-        eager = function(**given | {"backend": "reference"})
-        exact = function(**{key: doubled(value) for key, value in given.items()} | {"backend": "reference"})
-        assert_within(named(found), named(exact), named(eager))
+        # Of so few numbers one may be outside float32's budget by chance.
+        given = {key: doubled(value) for key, value in given.items()}
+        assert_equal_in_float64(named(function(**given)), named(function(**given | {"backend": "reference"})))
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -71,7 +76,12 @@ def test_attention_with_each_argument_replaced(name):
         attempt(function, **given)
 
 
-WIDE, POSITIONS = torch.randn(2, 4, 6), torch.arange(8).reshape(2, 4)
+def test_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor(list(QUERY), layout=torch.jagged)
+    assert refused(attempt(functional.attention, nested, KEY, VALUE))
+
+
+POSITIONS = torch.arange(8).reshape(2, 4)
 CALLS = {
     "rotary": (functional.rotary, {"x": WIDE, "positions": torch.arange(4)}, ("base", "interleaved", "dims")),
     "rotary of each sequence": (
@@ -116,7 +126,6 @@ def test_positions_and_caches_with_each_argument_replaced(name):
         attempt(function, **given)
 
 
-X, MEMORY = torch.randn(4, 2, E), torch.randn(5, 2, E)
 MODULE = {
     "self-attention": ({"query": X, "key": X, "value": X}, ("key_padding_mask", "attn_mask", "cache")),
     "with masks": (

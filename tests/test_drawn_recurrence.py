@@ -1,9 +1,12 @@
 """Every recurrence on whatever hypothesis draws, in the ordinary process: the reference, operators, and torch's own."""
 
 import math
+import re
 
 import pytest
 import torch
+
+import seqcore
 
 from .effort import drawn
 
@@ -64,17 +67,19 @@ def test_nan_that_no_step_reads_reaches_no_gradient(cell, backend):
 
 
 @drawn(30, 600, call=calls(dtypes=DOUBLE, empty=False), data=st.data())
-def test_nan_stays_in_its_sequence(call, data):
+def test_what_is_not_finite_stays_in_its_sequence(call, data):
     b = data.draw(st.integers(0, call.B - 1))
     t = data.draw(st.integers(0, (call.T if call.lengths is None else max(call.lengths[b], 1)) - 1))
+    value = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
     for backend in backends(call):
-        assert_stays_in_its_sequence(call, t, b, math.nan, backend)
+        assert_stays_in_its_sequence(call, t, b, value, backend)
 
 
 @pytest.mark.parametrize("backend", ["operators", "aten"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
-def test_nan_in_one_sequence_of_many(cell, backend):
-    assert_stays_in_its_sequence(Call(cell, 3, 4, 3, 5, bidirectional=True), 1, 2, math.nan, backend)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_in_one_sequence_of_many(cell, backend, value):
+    assert_stays_in_its_sequence(Call(cell, 3, 4, 3, 5, bidirectional=True), 1, 2, value, backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", "operators"])
@@ -86,6 +91,21 @@ def test_an_infinite_gradient_is_clipped_beside_a_sequence_that_has_ended(backen
     found = torch.autograd.grad([y, h_n], list(leaves.values()), [torch.zeros_like(y), torch.full_like(h_n, math.inf)])
     # The state of a sequence that has not ended, and the one that is handed on, are infinite before they are clipped.
     assert all(gradient.isfinite().all() for gradient in found)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (0, 0, 3, 4)])
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_modules_of_nothing_are_taken_or_refused_as_torch_does(kind, sizes):
+    T, B, I, H = sizes
+
+    def attempted(namespace):
+        try:
+            module = getattr(namespace, kind)(I, H)
+            return module(torch.randn(T, B, I))[0].shape
+        except (RuntimeError, ValueError) as error:
+            return re.match(r"(?:\w+: )?(.*?)(?: in \w+|, got .*)?$", str(error))[1]
+
+    assert attempted(seqcore.nn) == attempted(torch.nn)
 
 
 @drawn(30, 600, call=calls(dtypes=DOUBLE), data=st.data())

@@ -62,17 +62,19 @@ def test_nan_that_no_step_reads_reaches_no_gradient(cell, recompute, device):
 
 
 @drawn(5, 150, call=calls(most=4, dtypes=SINGLE, empty=False), data=st.data())
-def test_nan_stays_in_its_sequence(call, data, device):
+def test_what_is_not_finite_stays_in_its_sequence(call, data, device):
     b = data.draw(st.integers(0, call.B - 1))
     t = data.draw(st.integers(0, (call.T if call.lengths is None else max(call.lengths[b], 1)) - 1))
-    on_a_second_seed(assert_stays_in_its_sequence, call, t, b, math.nan, "triton", device)
+    value = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    on_a_second_seed(assert_stays_in_its_sequence, call, t, b, value, "triton", device)
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
-def test_nan_in_one_sequence_of_many(cell, device):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_in_one_sequence_of_many(cell, value, device):
     """Sequences that share a tile: what is NaN in one row stays out of the others, and goes on as in the reference."""
     call = Call(cell, 3, 4, 3, 5, dtype=torch.float32)
-    assert_stays_in_its_sequence(call, 1, 2, math.nan, "triton", device)
+    assert_stays_in_its_sequence(call, 1, 2, value, "triton", device)
 
 
 @drawn(5, 150, call=calls(most=4, dtypes=SINGLE), data=st.data())

@@ -112,8 +112,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise InvalidInput(f"{NAME}: {name} must be a Tensor, got {type(tensor).__name__}")
         if tensor.is_nested:
             raise InvalidInput(
-                f"{NAME}: {name} must not be a nested tensor; pass padded tensors and key_lengths, or sequences end to "
-                "end and cu_seqlens"
+                f"{NAME}: {name} must be a dense tensor, got a nested one; pass padded tensors and key_lengths, or "
+                "sequences end to end and cu_seqlens"
             )
         if tensor.layout != torch.strided:
             raise InvalidInput(f"{NAME}: {name} must be a dense tensor, got {tensor.layout}; pass its to_dense()")

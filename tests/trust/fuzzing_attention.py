@@ -25,7 +25,6 @@ DRAWN = {
     "seqcore.nn.SinusoidalPositions": f"{ARGUMENTS}::test_positions_and_caches[SinusoidalPositions]",
     "seqcore.testing.assert_within_budget": f"{TOOLS}::test_a_budget_is_kept_or_not_or_cannot_be_asked_for",
     "seqcore.testing.check_budget": f"{TOOLS}::test_tools[check_budget]",
-    "seqcore.distributed.PipelineResult": "test_time_pipeline.py",
     "seqcore.distributed.TimePipeline": f"{TOOLS}::test_tools[TimePipeline]",
     "seqcore.distributed.gather_sequence": f"{TOOLS}::test_tools[gather_sequence]",
     "seqcore.distributed.ring_attention": f"{TOOLS}::test_tools[ring_attention]",
@@ -42,10 +41,14 @@ PROMISES = [
         (DRAWN_ATTENTION,),
     ),
     Promise(
-        "Arguments that make no sense are refused with InvalidInput or UnsupportedInput, before anything is computed, "
-        "in words that say what was given; what is not refused is answered as the reference answers it.",
+        "Arguments that make no sense are refused with InvalidInput or UnsupportedInput, in words that say what was "
+        "given, or, by the module, as torch's module refuses them; what attention's functions take, they answer as "
+        "the reference answers it.",
         "Hypothesis replaces one or two arguments of a valid call by anything: other ranks, sizes, dtypes, devices and "
-        "layouts, numbers out of range, strings, types, objects. Warnings are failures.",
+        "layouts, numbers out of range, strings, types, objects. Warnings are failures. Of what the functions take, "
+        "values are compared in float64; of the module's answers, shapes with those of torch's module. Of positions, "
+        "caches and tools it is only asked that they answer or refuse: their results are held elsewhere, for "
+        "arguments that make sense.",
         (ARGUMENTS, TOOLS, "test_attention_errors.py"),
     ),
     Promise(
