@@ -1,8 +1,7 @@
-"""Calls of the recurrences as hypothesis draws them: sizes, forms, options and layouts, and how a call is judged."""
+"""Calls of the recurrences as hypothesis draws them: sizes, forms, options and layouts."""
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -15,8 +14,8 @@ import seqcore.nn
 from seqcore import backends, functional
 from seqcore.cells import BUILT_IN
 
-from .comparisons import Results, assert_equal_in_float64, assert_within, cotangents, on_a_second_draw
-from .recurrence_twins import CELLS, differing, tensors
+from .comparisons import Results, cotangents
+from .recurrence_twins import CELLS, tensors
 
 KINDS = {name: getattr(seqcore.nn, kind.__name__) for name, (kind, _) in CELLS.items()}
 HALF = (torch.float16, torch.bfloat16)
@@ -281,37 +280,6 @@ def by_operators() -> contextlib.AbstractContextManager:
     return mock.patch.object(backends, "choose", return_value="triton")
 
 
-def storages(problem: Problem) -> list[bytes]:
-    """All that the problem's tensors stand on, byte by byte, gaps too."""
-    given = [*problem.leaves.values(), *([] if problem.reset is None else [problem.reset])]
-    return [bytes(t.untyped_storage().tolist()) for t in given]
-
-
-def judge(call: Call, others: list[str | None], device: torch.device | str = "cpu") -> None:
-    """Hold what ``others`` make of a call to what the reference makes of it in float64; inputs stay as they were."""
-    problem = Problem(call, device)
-    before = storages(problem)
-    exact, eager = problem.double(), problem.results("reference")
-    for backend in others:
-        found = problem.results(backend)
-        if call.dtype == torch.float64:
-            assert_equal_in_float64(found, exact)
-        else:
-            assert_within(found, exact, eager)
-    assert storages(problem) == before
-
-
-def on_a_second_seed(held: Callable[..., None], call: Call, *arguments: Any) -> None:
-    """``held(call, …)``, with other numbers should the first leave the budget."""
-    if call.dtype == torch.float64:
-        held(call, *arguments)
-    else:
-        on_a_second_draw(lambda seed: held(replace(call, seed=seed), *arguments), call.seed)
-
-
-# --- numbers that are not finite -----------------------------------------------------------------------------------
-
-
 def rows_of(call: Call, t: Tensor) -> Tensor:
     """[T, B, …] of something laid out as x is."""
     return t.transpose(0, 1) if call.form == "batch first" else t[:, None] if call.form == "unbatched" else t
@@ -340,81 +308,3 @@ def unread(problem: Problem) -> dict[str, Tensor]:
             shape = problem.leaves[name].shape
             masks[name] = (~read[:, :, None].expand(*read.shape, shape[-1])).reshape(shape)
     return masks
-
-
-def assert_unread_may_be_nan(call: Call, backend: str | None, device: torch.device | str = "cpu") -> None:
-    """What no step reads may be NaN, and so may the gradient of y there: y and all gradients keep their bits."""
-    problem = Problem(call, device)
-    leaves, masks = problem.leaves, unread(problem)
-
-    def filled(value):
-        filled_in = {name: torch.where(mask.to(device), value, leaves[name]) for name, mask in masks.items()}
-        problem.leaves = leaves | filled_in
-        return problem.results(backend, past_the_end=value)
-
-    found, clean = filled(torch.nan), filled(0.0)
-    # The state of a sequence of no steps is handed on as it is.
-    states = [f"output {index}" for index in (1, 2)]
-    assert not differing(*({n: t for n, t in which.items() if n not in states} for which in (found, clean)))
-
-
-def assert_stays_in_its_sequence(
-    call: Call, t: int, b: int, value: float, backend: str | None, device: torch.device | str = "cpu"
-) -> None:
-    """NaN and infinite where the reference in float64 is, right elsewhere; other sequences as if nothing had been."""
-    problem = Problem(call, device)
-    problem.leaves["x"] = problem.leaves["x"].contiguous()
-    clean = problem.results(backend)
-    rows = torch.zeros(call.T, call.B, 1, dtype=torch.bool)
-    rows[t, b] = True
-    x = problem.leaves["x"]
-    problem.leaves["x"] = torch.where(as_x(call, rows).to(device), value, x)
-    found, exact, eager = problem.results(backend), problem.double(), problem.results("reference")
-    for name, expected in exact.items():
-        nan = expected.isnan()
-        assert torch.equal(found[name].isnan(), nan), name
-        assert torch.equal(found[name][expected.isinf()].double(), expected[expected.isinf()]), name
-        kept = ~nan & expected.isfinite()
-        if call.dtype == torch.float64:
-            assert_equal_in_float64({name: found[name][kept]}, {name: expected[kept]})
-        else:
-            assert_within({name: found[name][kept]}, {name: expected[kept]}, {name: eager[name][kept]})
-    others = torch.arange(call.B) != b
-    for name in ("output 0", "gradient of x") if not call.form.startswith("packed") else ("gradient of x",):
-        here, there = (rows_of(call, results[name])[:, others] for results in (found, clean))
-        assert torch.equal(here, there) and here.isfinite().all(), name
-
-
-# --- tensors that share memory -------------------------------------------------------------------------------------
-
-
-def assert_shared_memory_adds_up(
-    call: Call, offsets: dict[str, int], backends: list[str | None], device: torch.device | str = "cpu"
-) -> None:
-    """Every input a view of one leaf, each at its offset, the same view where that is the same: gradients add up."""
-    problem = Problem(call, device)
-    shapes = {name: t.shape for name, t in problem.leaves.items()}
-    torch.manual_seed(call.seed)
-    size = max(offsets.get(name, 0) + shape.numel() for name, shape in shapes.items())
-    shared = (torch.randn(size, dtype=call.dtype) / 2).to(device)
-
-    def results(backend, dtype, apart):
-        leaf, views = shared.to(dtype).detach().requires_grad_(), {}
-        leaves = {}
-        for name, shape in shapes.items():
-            start = offsets.get(name, 0)
-            view = leaf[start : start + shape.numel()].view(shape)
-            leaves[name] = view.clone() if apart else views.setdefault((start, shape), view)
-        outputs = problem.outputs(leaves, backend)
-        [gradient] = torch.autograd.grad(outputs, [leaf], cotangents(outputs), materialize_grads=True)
-        return {f"output {index}": out.detach() for index, out in enumerate(outputs)} | {"gradient": gradient}
-
-    before = shared.clone()
-    exact, eager = results("reference", torch.float64, apart=True), results("reference", call.dtype, apart=True)
-    for backend in backends:
-        found = results(backend, call.dtype, apart=False)
-        if call.dtype == torch.float64:
-            assert_equal_in_float64(found, exact)
-        else:
-            assert_within(found, exact, eager)
-    assert torch.equal(shared, before)

@@ -14,14 +14,11 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
 from hypothesis import strategies as st
 
-from .drawn_recurrence import (
-    LAYOUTS_IN_FULL,
-    MASKED,
-    Call,
+from .drawn_recurrence import LAYOUTS_IN_FULL, MASKED, Call, calls
+from .judged_recurrence import (
     assert_shared_memory_adds_up,
     assert_stays_in_its_sequence,
     assert_unread_may_be_nan,
-    calls,
     judge,
     on_a_second_seed,
 )
