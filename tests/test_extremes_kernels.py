@@ -146,5 +146,6 @@ def test_logits_past_the_largest_number_are_nan_where_torchs_are(device):
     query[:, :, 3] *= 1e38
     key *= 1e5
     found, expected = (results(f, query, key, value) for f in (kernels, torch_attention))
-    assert all(torch.equal(found[name].isnan(), expected[name].isnan()) for name in expected)
+    # Of lse torch's attention says nothing.
+    assert all(torch.equal(found[name].isnan(), expected[name].isnan()) for name in expected if name != "lse")
     assert found["out"][:, :, 3].isnan().all() and found["out"][:, :, 4].isfinite().all()
