@@ -88,7 +88,7 @@ def check_clip(name: str, clip: Any) -> None:
     """Raise InvalidInput for what bounds no gradient: neither None nor a positive number that float32 holds."""
     if clip is not None and not (is_number(clip) and (0 < clip <= LARGEST or clip == float("inf"))):
         raise InvalidInput(
-            f"{name}: grad_clip must be a positive number that float32 holds, got {clip!r}; leave it out not to clip"
+            f"{name}: grad_clip must be a positive number, got {clip!r}; one that float32 holds, or leave it out"
         )
 
 
