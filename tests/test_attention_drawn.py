@@ -122,7 +122,7 @@ def unwritten(*given):
 
 
 @pytest.mark.kernels
-@drawn(25, 1_000, call=calls())
+@drawn(25, 400, call=calls())
 def test_whatever_is_asked(call, device):
     on_a_second_draw(lambda seed: judge(call, seed, device), call["seed"])
 

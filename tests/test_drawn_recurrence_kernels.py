@@ -34,7 +34,7 @@ SINGLE = (torch.float32,)
 DTYPES = (torch.float32, torch.float32, torch.float16)
 
 
-@drawn(20, 500, call=calls(most=4, dtypes=DTYPES))
+@drawn(20, 250, call=calls(most=4, dtypes=DTYPES))
 def test_whatever_is_asked(call, device):
     on_a_second_seed(judge, call, ["triton"], device)
 
@@ -46,7 +46,7 @@ def test_however_inputs_lie_in_memory(T, layout, device):
     judge(Call("lstm", T, 3, 4, 5, layouts=layouts, dtype=torch.float32), ["triton"], device)
 
 
-@drawn(5, 150, call=calls(most=4, dtypes=SINGLE))
+@drawn(5, 75, call=calls(most=4, dtypes=SINGLE))
 def test_what_no_step_reads_may_be_nan(call, device):
     assert_unread_may_be_nan(call, "triton", device)
 
@@ -58,7 +58,7 @@ def test_nan_that_no_step_reads_reaches_no_gradient(cell, recompute, device):
     assert_unread_may_be_nan(call, "triton", device)
 
 
-@drawn(5, 150, call=calls(most=4, dtypes=SINGLE, empty=False), data=st.data())
+@drawn(5, 75, call=calls(most=4, dtypes=SINGLE, empty=False), data=st.data())
 def test_what_is_not_finite_stays_in_its_sequence(call, data, device):
     b = data.draw(st.integers(0, call.B - 1))
     t = data.draw(st.integers(0, (call.T if call.lengths is None else max(call.lengths[b], 1)) - 1))
@@ -74,7 +74,7 @@ def test_what_is_not_finite_in_one_sequence_of_many(cell, value, device):
     assert_stays_in_its_sequence(call, 1, 2, value, "triton", device)
 
 
-@drawn(5, 150, call=calls(most=4, dtypes=SINGLE), data=st.data())
+@drawn(5, 75, call=calls(most=4, dtypes=SINGLE), data=st.data())
 def test_inputs_that_share_memory(call, data, device):
     names = ["x", "h", "c", "reset_h", "reset_c", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
     offsets = {name: data.draw(st.sampled_from([0, 0, 1, 2, 3])) for name in names}
