@@ -56,9 +56,9 @@ def environment(*, interpreted: bool, nightly: bool = False, **more: str) -> dic
 
 def _outcomes(report: Path) -> Iterable[Outcome]:
     for case in ElementTree.parse(report).iter("testcase"):
-        # "tests.test_limits", and behind it a class where there is one.
-        _, module, *inside = case.get("classname").split(".")
-        name = "::".join([f"{module}.py", *inside, case.get("name")])
+        # "tests.test_limits", and behind it a class where there is one; nothing where a whole file is skipped.
+        _, module, *inside = (case.get("classname") or case.get("name")).split(".")
+        name = "::".join([f"{module}.py", *inside, *([case.get("name")] if case.get("classname") else [])])
         faults = {child.tag for child in case}
         ended = "failed" if faults & {"failure", "error"} else "skipped" if "skipped" in faults else "passed"
         cases = case.find("properties/property[@name='cases']")
