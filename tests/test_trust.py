@@ -8,7 +8,7 @@ import pytest
 from .trust import document, last
 from .trust.kinds import Guard, Promise
 from .trust.mutating import Copy, judge, mutant
-from .trust.running import Outcome
+from .trust.running import Outcome, outcomes
 from .trust.subjects import ROOT, named_tests, subjects
 
 SUBJECTS = subjects()
@@ -77,10 +77,31 @@ def test_a_test_that_does_not_pass_unmutated_kills_nothing(monkeypatch):
 def test_a_promise_counts_the_cases_of_its_tests_and_of_no_others():
     promise = Promise("holds", "by trying", ("test_a.py", "test_b.py::test_one", "test_b.py::test_two[x]"))
     names = ["test_a.py::test_any[3]", "test_b.py::test_one[y]", "test_b.py::test_two[y]", "test_b.py::test_one_more"]
-    outcomes = [Outcome(name, "passed", 10) for name in names] + [Outcome("test_a.py::test_gpu", "skipped", 1)]
-    found = last.of_promises([promise], outcomes[:1], outcomes)["holds"]
+    ended = [Outcome(name, "passed", 10) for name in names] + [Outcome("test_a.py::test_gpu", "skipped", 1)]
+    found = last.of_promises([promise], ended[:1], ended)["holds"]
     assert (found["usual"], found["nightly"]) == (10, 20)
     assert (found["passed"], found["failed"], found["skipped"]) == (2, 0, 1)
+
+
+REPORT = """
+<testsuites><testsuite>
+  <testcase classname="" name="tests.test_a"><skipped/></testcase>
+  <testcase classname="tests.test_b" name="test_one[x]">
+    <properties><property name="cases" value="7"/></properties>
+  </testcase>
+  <testcase classname="tests.test_b.TestCache" name="runTest"><failure/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_reports_name_tests_as_promises_do(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(REPORT)
+    assert list(outcomes(report)) == [
+        Outcome("test_a.py", "skipped", 1),
+        Outcome("test_b.py::test_one[x]", "passed", 7),
+        Outcome("test_b.py::TestCache::runTest", "failed", 1),
+    ]
 
 
 def test_the_document_is_current():

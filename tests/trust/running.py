@@ -44,7 +44,7 @@ def run(tests: Sequence[str], interpreted: bool, nightly: bool, jobs: int) -> li
         status = subprocess.call(command, cwd=ROOT, env=environment(interpreted=interpreted, nightly=nightly))
         if status not in (PASSED, FAILED, NONE_CHOSEN):
             raise RuntimeError(f"pytest ended with status {status}: {' '.join(command)}")
-        return list(_outcomes(report))
+        return list(outcomes(report))
 
 
 def environment(*, interpreted: bool, nightly: bool = False, **more: str) -> dict[str, str]:
@@ -54,7 +54,8 @@ def environment(*, interpreted: bool, nightly: bool = False, **more: str) -> dic
     return {**kept, **chosen, **({"SEQCORE_NIGHTLY": "1"} if nightly else {}), **more}
 
 
-def _outcomes(report: Path) -> Iterable[Outcome]:
+def outcomes(report: Path) -> Iterable[Outcome]:
+    """Those in a report of pytest's, in the form of JUnit."""
     for case in ElementTree.parse(report).iter("testcase"):
         # "tests.test_limits", and behind it a class where there is one; nothing where a whole file is skipped.
         _, module, *inside = (case.get("classname") or case.get("name")).split(".")
@@ -65,9 +66,9 @@ def _outcomes(report: Path) -> Iterable[Outcome]:
         yield Outcome(name, ended, int(cases.get("value")) if cases is not None else 1)
 
 
-def of_promise(promise: Promise, outcomes: Iterable[Outcome]) -> list[Outcome]:
+def of_promise(promise: Promise, found: Iterable[Outcome]) -> list[Outcome]:
     """Those of the tests that ``promise`` names."""
-    return [outcome for outcome in outcomes if any(is_named(outcome.name, test) for test in promise.tests)]
+    return [outcome for outcome in found if any(is_named(outcome.name, test) for test in promise.tests)]
 
 
 def is_named(name: str, test: str) -> bool:
