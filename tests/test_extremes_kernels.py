@@ -10,7 +10,7 @@ from seqcore.devices import INTERPRETED
 from seqcore.testing.budget import assert_within_budget
 
 from .attention_twins import assert_like_reference, doubled, kernels, qkv, reference, results, torch_attention
-from .comparisons import assert_within, on_a_second_draw
+from .comparisons import assert_within, on_another_draw
 from .effort import effort, tried
 from .recurrence_twins import assert_alike, ours, problem, yardsticks
 from .recurrence_twins import results as of_module
@@ -61,7 +61,7 @@ def test_recurrences_at_every_scale(name, cell, kernel_dtype, device):
         judged = [name for name in found if not (half and max(factors) > 1 and name.startswith("gradient"))]
         assert_within(*({name: of[name] for name in judged} for of in (found, *yards)))
 
-    on_a_second_draw(judge, 0)
+    on_another_draw(judge, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -86,7 +86,7 @@ def test_nothing_drifts_over_a_long_sequence(device):
         assert_alike(ours(twin, "triton"), ours(twin, "reference"), x, hx)
         tried()
 
-    on_a_second_draw(judge, 0)
+    on_another_draw(judge, 0)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
