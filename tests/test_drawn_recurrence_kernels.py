@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import seqcore.nn
 from seqcore import functional
 
 from .comparisons import assert_within
@@ -88,3 +89,11 @@ def test_cells_of_no_inputs(batch, device):
     x, h, *weights = (torch.randn(shape, device=device) for shape in shapes)
     exact, eager = (torch.gru_cell(*(t.to(dtype) for t in (x, h, *weights))) for dtype in (torch.float64, x.dtype))
     assert_within({"h": functional.gru_cell(x, h, *weights, backend="triton")}, {"h": exact}, {"h": eager})
+
+
+def test_one_gate_in_blocks_of_one_unit_is_made_again(device):
+    module = seqcore.nn.RNN(1, 2, bias=False, blocks=2, zoneout=0.3, backend="triton", device=device).eval()
+    x, found = torch.randn(3, 2, 1, device=device, requires_grad=True), []
+    for module.recompute in (False, True):
+        found += torch.autograd.grad(module(x)[0].sum(), x)
+    assert torch.equal(*found)

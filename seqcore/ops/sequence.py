@@ -276,6 +276,8 @@ def _saved(
         # [N, R, H/N] by [N, H/N, G * H/N]
         by_block = h.view(rows, layer.blocks, -1).transpose(0, 1) @ weights[d].permute(1, 3, 0, 2).flatten(2)
         h_gates = by_block.unflatten(-1, (cell.gates, -1)).permute(1, 2, 0, 3).reshape(rows, gates)
+        # Of one gate in blocks of one unit that was a view, and the kernel knows no strides of it.
+        h_gates = h_gates.contiguous()
         if w.b_hh is not None:
             h_gates += w.b_hh
         pointwise.pointwise_kernel[(-(-rows // tiles.rows) * -(-hidden // tiles.columns),)](
