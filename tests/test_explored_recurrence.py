@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="the explorer schedules interpreted programs"),
 ]
 
-pytest.importorskip("greenlet")
+pytest.importorskip("greenlet", reason="greenlet is not installed")
 
 # A night's thousands are in test_explored_schedules.py, whose problems take a quarter of the time.
 SEEDS = range(effort(3, 8))

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="the explorer schedules interpreted programs"),
 ]
 
-pytest.importorskip("greenlet")
+pytest.importorskip("greenlet", reason="greenlet is not installed")
 
 # Tests of their own, so that several processes share them; a usual run takes a few of the cases, one seed each.
 CHUNKS = range(effort(1, 4))

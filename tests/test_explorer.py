@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="the explorer schedules interpreted programs"),
 ]
 
-greenlet = pytest.importorskip("greenlet")
+greenlet = pytest.importorskip("greenlet", reason="greenlet is not installed")
 
 S, T, BLOCK = 4, 6, 4
 SEEDS = range(10)

@@ -62,7 +62,7 @@ def test_a_barrier_without_its_signal_raises():
 )
 def test_a_sequence_kernel_without_its_signal_raises(home, name, monkeypatch):
     """Side by side, with more patience of the explorer than of the programs themselves."""
-    pytest.importorskip("greenlet")
+    pytest.importorskip("greenlet", reason="greenlet is not installed")
     from seqcore.testing.explorer import explore
 
     from .recurrence_twins import ours, problem, results

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="the explorer schedules interpreted programs"),
 ]
 
-pytest.importorskip("greenlet")
+pytest.importorskip("greenlet", reason="greenlet is not installed")
 
 SEEDS = range(10)
 

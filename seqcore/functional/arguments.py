@@ -27,6 +27,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
+def is_probability(value: Any) -> bool:
+    """Whether ``value`` is a number from 0 to 1."""
+    return is_number(value) and 0 <= value <= 1
+
+
 def is_size(value: Any, least: int = 1) -> bool:
     """Whether ``value`` is an integer that a tensor's dimension may have; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_SIZE
@@ -78,7 +83,7 @@ def check_factory(name: str, device: Any, dtype: Any) -> None:
 
 def check_probability(name: str, p: Any) -> None:
     """Raise InvalidInput for what is no probability of dropout, in torch's words."""
-    if not is_number(p) or not 0 <= p <= 1:
+    if not is_probability(p):
         raise InvalidInput(
             f"{name}: dropout probability has to be between 0 and 1, but got {p!r}; pass a float, 0.0 to drop nothing"
         )

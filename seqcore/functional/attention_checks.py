@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .arguments import LARGEST, check_flags, check_strided, is_number, is_size
+from ..reference.sizes import readable
+from .arguments import LARGEST, check_flags, check_strided, is_number, is_probability, is_size
 from .autocast import autocasting, target_dtype
-from .values import readable
 
 NAME = "attention"
 
@@ -64,7 +64,7 @@ def check_attention(
         raise InvalidInput(f"{NAME}: causal must be None, 'top_left' or 'lower_right', got {causal!r}")
     if scale is not None and not (is_number(scale) and abs(scale) <= LARGEST):
         raise InvalidInput(f"{NAME}: scale must be a number that float32 holds, or None, got {scale!r}")
-    if not (is_number(dropout_p) and 0 <= dropout_p <= 1):
+    if not is_probability(dropout_p):
         raise InvalidInput(f"{NAME}: dropout_p must be a number in 0 … 1, got {dropout_p!r}")
     if not (is_number(softcap) and 0 <= softcap <= LARGEST):
         raise InvalidInput(f"{NAME}: softcap must be positive and within float32, or 0 for none, got {softcap!r}")

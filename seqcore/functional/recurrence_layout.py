@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import InvalidInput
+from ..reference.sizes import readable
 from .arguments import check_strided
-from .values import readable
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

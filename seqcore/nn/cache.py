@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..capabilities import transforms_active
 from ..errors import InvalidInput
 from ..functional.arguments import check_factory, is_size, shown
-from ..functional.values import readable
+from ..reference.sizes import readable
 
 
 class KVCache(nn.Module):

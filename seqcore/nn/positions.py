@@ -13,8 +13,7 @@ from .. import functional
 from ..errors import InvalidInput
 from ..functional.arguments import check_factory, check_flags, check_sizes, shown
 from ..functional.positions import check_progression
-from ..functional.values import readable
-from ..reference.sizes import is_among
+from ..reference.sizes import is_among, readable
 
 FARTHEST = 2**62
 

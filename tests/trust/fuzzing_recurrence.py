@@ -157,7 +157,7 @@ GUARDS = [
     ),
     Guard(
         "A probability is a number.", "seqcore/functional/arguments.py",
-        "if not is_number(p) or not 0 <= p <= 1:", "if not 0 <= p <= 1:",
+        "    return is_number(value) and 0 <= value <= 1", "    return 0 <= value <= 1",
         f"{MISUSE}::test_what_was_found[no number as dropout]",
     ),
     Guard(

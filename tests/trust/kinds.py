@@ -1,5 +1,6 @@
 """What the subjects beside this file are made of: promises, and guards with a mutant each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -30,3 +31,8 @@ class Guard:
     new: str
     test: str
     interpreted: bool = False
+
+
+def interpreted_in(tests: str) -> Callable[[str, str, str, str, str], Guard]:
+    """What makes guards, out of words, file, old, new and a test in the file ``tests``, that are interpreted."""
+    return lambda words, file, old, new, test: Guard(words, file, old, new, f"{tests}::{test}", interpreted=True)

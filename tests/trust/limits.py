@@ -1,6 +1,6 @@
 """Limits: offsets beyond 2^31 elements, sizes beyond a grid's, and memory that runs out."""
 
-from .kinds import Guard, Promise
+from .kinds import Guard, Promise, interpreted_in
 
 _SIZES, _KERNELS, _GPU = "test_limits.py", "test_limits_kernels.py", "test_limits_gpu.py"
 
@@ -62,10 +62,7 @@ PROMISES = [
 ]
 
 
-def _far(words: str, file: str, old: str, new: str, test: str) -> Guard:
-    return Guard(words, file, old, new, f"{_KERNELS}::{test}", interpreted=True)
-
-
+_far = interpreted_in(_KERNELS)
 _ATTENTION, _RECURRENCE = "kernels/attention", "kernels/recurrence"
 _HEAD = "units = batch.to(tl.int64) * matrix.stride_b + head.to(tl.int64) * matrix.stride_h"
 _ROWS = "    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_column[None, :]\n"

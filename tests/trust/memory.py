@@ -1,6 +1,6 @@
 """Memory: what kernels read and write, and what they leave unwritten."""
 
-from .kinds import Guard, Promise
+from .kinds import Promise, interpreted_in
 
 _KERNELS = "test_guarded_memory.py"
 
@@ -51,10 +51,7 @@ PROMISES = [
 ]
 
 
-def _guard(words: str, file: str, old: str, new: str, test: str) -> Guard:
-    return Guard(words, file, old, new, f"{_KERNELS}::{test}", interpreted=True)
-
-
+_guard = interpreted_in(_KERNELS)
 _LAYOUT, _BACKWARD, _BIAS = (f"kernels/attention/{name}.py" for name in ("layout", "backward", "bias"))
 _DECODE, _PRODUCTS = "kernels/attention/decode.py", "kernels/recurrence/products.py"
 _ROWS = """    mask = (offs_row < rows)[:, None]
