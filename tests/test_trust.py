@@ -7,7 +7,7 @@ import pytest
 
 from .trust import document, last
 from .trust.kinds import Guard, Promise
-from .trust.mutating import Copy, judge, mutant
+from .trust.mutating import Copy, Verdict, judge, mutant
 from .trust.running import Outcome, outcomes
 from .trust.subjects import ROOT, named_tests, subjects
 
@@ -81,6 +81,22 @@ def test_a_promise_counts_the_cases_of_its_tests_and_of_no_others():
     found = last.of_promises([promise], ended[:1], ended)["holds"]
     assert (found["usual"], found["nightly"]) == (10, 20)
     assert (found["passed"], found["failed"], found["skipped"]) == (2, 0, 1)
+
+
+def test_what_held_is_what_passed_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(last, "FILE", tmp_path / "last.json")
+    assert last.held() == frozenset()
+    (held, failed, skipped, *_), (killed, survived, *_) = PROMISES, GUARDS
+    ended = {held: "passed", failed: "failed", skipped: "skipped"}
+    outcomes = [Outcome(test, word, 1) for promise, word in ended.items() for test in promise.tests]
+    judged = [Verdict(killed, "killed", 1.0), Verdict(survived, "survived", 1.0)]
+    found = {"promises": last.of_promises(ended, outcomes, outcomes), "guards": last.of_guards(judged)}
+    last.write(found)
+    assert last.held() == {held.words, killed.words}
+    for kept in (*found["promises"].values(), *found["guards"].values()):
+        kept["of"] = "as it was before"
+    last.write(found)
+    assert last.held() == frozenset()
 
 
 REPORT = """

@@ -31,6 +31,13 @@ def read() -> dict[str, Any]:
     }
 
 
+def held() -> frozenset[str]:
+    """The words of promises that held and of guards whose mutants were killed, of those that are as they were then."""
+    found = read()
+    promises = (words for words, kept in found["promises"].items() if kept["passed"] and not kept["failed"])
+    return frozenset(promises) | {words for words, kept in found["guards"].items() if kept["mutant"] == "killed"}
+
+
 def _hash(thing: Promise | Guard) -> str:
     """Of what it says, tries and replaces."""
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
