@@ -6,7 +6,6 @@ tensors, and which are only then deterministic. Backend "aten" is left out: ther
 
 import re
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqcore
 from seqcore import Device, functional, nn
-from seqcore.devices import pretending
+from seqcore.testing.launches import noted_for
 
 from .determinism_problems import by_the_operators, of, problems
 from .test_determinism import deterministic
@@ -110,13 +109,6 @@ class Watch(TorchDispatchMode):
         return function(*arguments, **keywords)
 
 
-def launching_nothing():
-    """Within it kernels that are given CPU tensors are launched as for a GPU, and nothing runs."""
-    from triton.runtime import jit
-
-    return mock.patch.object(jit.JITFunction, "__getitem__", return_value=lambda *_, **__: None)
-
-
 @pytest.mark.parametrize("case", problems(), ids=lambda case: case.name)
 def test_references_call_nothing_that_raises_in_deterministic_mode(case):
     with Watch(RAISES) as watch:
@@ -130,7 +122,7 @@ def test_around_kernels_nothing_is_called_whose_bits_could_change(arch):
     called, wrong = set(), {}
     for case in problems():
         # What no kernel has written is not zero then, and sums of it are seen.
-        with deterministic(fill=True), pretending(Device(arch)), launching_nothing(), Watch(RAISES, ADDS) as watch:
+        with deterministic(fill=True), noted_for(Device(arch)), Watch(RAISES, ADDS) as watch:
             assert of(case, "operators") is not None
         called |= watch.called
         if watch.wrong:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from triton.runtime import jit
 
 from seqcore import functional, nn
 from seqcore.devices import pretending
 from seqcore.kernels import launch_work, work
 from seqcore.kernels.recurrence import plan
 from seqcore.kernels.tuning import Device
+from seqcore.testing.launches import noted_for
 
 from .benchmark_modules import load
 
@@ -18,24 +18,17 @@ WORK = {name: metrics for (_, name), metrics in launch_work.LAUNCH_WORK.items()}
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """(name, arguments, metrics) of every launch."""
-    found = []
-
-    def catching(kernel, grid):
-        def launch(*arguments, **keywords):
-            named = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
-            found.append((kernel.fn.__name__, named, WORK[kernel.fn.__name__](grid, named)))
-
-        return launch
-
-    monkeypatch.setattr(jit.JITFunction, "__getitem__", catching)
-    with pretending(GPU):
+def launched():
+    with noted_for(GPU) as found:
         yield found
 
 
+def said(launch):
+    return WORK[launch.name](launch.grid, launch.arguments)
+
+
 def total(launched, metric, name=""):
-    return sum(metrics.get(metric, 0) for kernel, _, metrics in launched if name in kernel)
+    return sum(said(launch).get(metric, 0) for launch in launched if name in launch.name)
 
 
 def nbytes(arguments, *names):
@@ -86,17 +79,17 @@ def test_float32_is_counted_by_its_width(launched):
 def test_each_tensor_of_a_sequence_is_moved_once(launched, op):
     with pretending(Device("sm_90")):
         train(op)
-    (_, forward, forwards), (_, backward, backwards) = launched
+    forward, backward = launched
     states = ("h_init_ptr", "h_n_ptr") + (("c_init_ptr", "c_n_ptr", "cells_ptr") if op == "lstm" else ())
     # Read as the projected input, and written over it as what is saved; the GRU saves a tile more than it reads.
     gates = T * B * H * 2 * {"rnn": 1, "gru": 3 + 4, "lstm": 4 + 4}[op]
-    assert forwards["bytes"] == gates + nbytes(forward, "y_ptr", "w_hh_ptr", "b_hh_ptr", *states)
+    assert said(forward)["bytes"] == gates + nbytes(forward.arguments, "y_ptr", "w_hh_ptr", "b_hh_ptr", *states)
     gradients = ("dy_ptr", "dh_gates_ptr", "dh_init_ptr", "h_init_ptr") + (("dx_gates_ptr",) if op == "gru" else ())
     if op != "rnn":
         gradients += ("saved_ptr",)
     if op == "lstm":
         gradients += ("cells_ptr", "c_init_ptr", "dc_init_ptr")
-    assert backwards["bytes"] == nbytes(backward, "y_ptr", "w_hh_ptr", *gradients)
+    assert said(backward)["bytes"] == nbytes(backward.arguments, "y_ptr", "w_hh_ptr", *gradients)
 
 
 def test_packed_rows_count_and_no_others(launched):
@@ -109,17 +102,17 @@ def test_packed_rows_count_and_no_others(launched):
 
 def test_a_single_step(launched):
     train("lstm", training=False, steps=1)
-    ((name, arguments, metrics),) = launched
-    assert name == "recurrence_step_kernel"
-    assert metrics["flops16"] == work.work("lstm", "forward", {"T": 1, "B": B, "I": I, "H": H}, 2).flops
+    (launch,) = launched
+    assert launch.name == "recurrence_step_kernel"
+    assert said(launch)["flops16"] == work.work("lstm", "forward", {"T": 1, "B": B, "I": I, "H": H}, 2).flops
     names = ("x", "w_ih", "b_ih", "w_hh", "b_hh", "h", "c", "y", "h_n", "c_n")
-    assert metrics["bytes"] == nbytes(arguments, *(f"{name}_ptr" for name in names))
+    assert said(launch)["bytes"] == nbytes(launch.arguments, *(f"{name}_ptr" for name in names))
 
 
 def test_gates_made_again(launched):
     train("gru", recompute=True)
     rows = (3 + 3 + 1 + 4) * H
-    (metrics,) = [metrics for name, _, metrics in launched if name == "pointwise_kernel"]
+    (metrics,) = [said(launch) for launch in launched if launch.name == "pointwise_kernel"]
     assert metrics == {"flops16": 0, "bytes": 2 * T * B * rows}
 
 
@@ -148,7 +141,7 @@ def test_attention_does_what_the_model_has(launched, case):
     attend((batch, M, N, D), heads, **options)
     sequences = [(M, N)] * batch
     inference = work.attention_work(sequences, heads, D, "forward", 2, **model)
-    forward = next(metrics for name, _, metrics in launched if name == "attention_forward_kernel")
+    forward = next(said(launch) for launch in launched if launch.name == "attention_forward_kernel")
     # lse and what else forward leaves of each row.
     statistics = 3 * 4 * batch * heads[0] * M
     assert forward == {"flops16": inference.flops, "bytes": inference.bytes + statistics}
@@ -174,7 +167,7 @@ def test_aligned_to_the_last_key(launched):
 def test_few_queries_over_many_keys(launched):
     attend((1, 1, 4000, 128), heads=(8, 2), training=False)
     inference = work.attention_work([(1, 4000)], (8, 2), 128, "forward", 2)
-    assert {name for name, _, _ in launched} == {"attention_decode_kernel", "attention_combine_kernel"}
+    assert {launch.name for launch in launched} == {"attention_decode_kernel", "attention_combine_kernel"}
     assert total(launched, "flops16") == inference.flops
     assert total(launched, "bytes", "decode") > inference.bytes - 2 * 8 * 128
 

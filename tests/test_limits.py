@@ -6,11 +6,12 @@ from torch import nn
 
 import seqcore
 from seqcore import UnsupportedInput, functional
-from seqcore.devices import INTERPRETED, pretending
+from seqcore.devices import INTERPRETED
 from seqcore.kernels.tuning import Device
 from seqcore.nn import KVCache
 from seqcore.ops import attention_launch
 from seqcore.ops import recurrence as recurrence_ops
+from seqcore.testing.launches import noted_for
 
 from .attention_twins import features, operands, qkv
 from .attention_twins import results as attention_results
@@ -25,24 +26,15 @@ META = {"device": "meta"}
 
 
 @pytest.fixture
-def grids(monkeypatch):
-    """(kernel, grid) of each launch, none of which runs; tensors of device meta are taken to be on a GPU."""
-    from triton.runtime import jit
-
-    found = []
-
-    def record(kernel, grid):
-        return lambda *_, **__: found.append((kernel.fn.__name__, grid))
-
-    monkeypatch.setattr(jit.JITFunction, "__getitem__", record)
-    with pretending(Device("sm_90")):
+def launched():
+    with noted_for(Device("sm_90")) as found:
         yield found
 
 
-def assert_launchable(grids, least):
+def assert_launchable(launched, least):
     """CUDA's grids end at 2^31 - 1 programs along x and at 65,535 along y and z."""
-    assert len({kernel for kernel, _ in grids}) >= least
-    assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for _, grid in grids), grids
+    assert len({launch.name for launch in launched}) >= least
+    assert all(len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31 for launch in launched)
 
 
 # Batch, heads, queries and keys.
@@ -58,7 +50,7 @@ HUGE = {
 
 @pytest.mark.parametrize("kind", ["plain", "masked", "packed"])
 @pytest.mark.parametrize("size", HUGE)
-def test_attention_fits_into_grids(size, kind, grids):
+def test_attention_fits_into_grids(size, kind, launched):
     B, H, M, N = HUGE[size]
     options = {} if kind == "plain" else {"causal": "top_left"}
     if kind == "packed":
@@ -74,25 +66,25 @@ def test_attention_fits_into_grids(size, kind, grids):
         attention_launch.backward(out, lse, out, rows, wanted, *tensors, *settings)
         if kind != "packed" and B * M * N < 2**40:
             attention_launch.weights(rows, *tensors, *settings)
-    assert_launchable(grids, 4 + (kind == "masked"))
+    assert_launchable(launched, 4 + (kind == "masked"))
 
 
 @pytest.mark.parametrize("sizes", [(2**31, 1, 1, 7), (1, 2**27, 2**11, 7)], ids=["sequences", "tiles"])
-def test_more_tiles_than_a_grid_has_are_refused(sizes, grids):
+def test_more_tiles_than_a_grid_has_are_refused(sizes, launched):
     B, H, M, N = sizes
     settings, tensors = operands(*qkv(B, H, M=M, N=N, D=64, dtype=torch.float16, **META))
     with pytest.raises(UnsupportedInput, match=r"fewer than 2\^31 tiles, got"):
         attention_launch.forward(*tensors, *settings)
-    assert grids == []
+    assert launched == []
 
 
-def test_more_rows_than_are_put_together_go_through_the_plain_kernel(grids):
+def test_more_rows_than_are_put_together_go_through_the_plain_kernel(launched):
     for batch, expected in ((2**26, "attention_decode_kernel"), (2**27, "attention_forward_kernel")):
         settings, tensors = operands(*qkv(batch, 4, heads_kv=1, M=4, N=7, D=16, dtype=torch.float16, **META))
-        grids.clear()
+        launched.clear()
         attention_launch.forward(*tensors, *settings)
-        assert grids[0][0] == expected
-        assert_launchable(grids, 1)
+        assert launched[0].name == expected
+        assert_launchable(launched, 1)
 
 
 # Steps, batch, inputs, units of a block and blocks.
@@ -109,7 +101,7 @@ LONG = {
 
 @pytest.mark.parametrize("save", [True, False], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("size", LONG)
-def test_recurrences_fit_into_grids(size, save, grids):
+def test_recurrences_fit_into_grids(size, save, launched):
     T, B, I, units, blocks = LONG[size]
     H = units * blocks
     made = lambda *shape: torch.empty(shape, dtype=torch.float16, **META)
@@ -120,7 +112,7 @@ def test_recurrences_fit_into_grids(size, save, grids):
     if size != "one step of units":
         # Whose weights do not fit any device's programs.
         recurrence_ops._backward(*given, y, *kept, y, h_n, c_n, None, None, True)
-    assert_launchable(grids, 1 if size == "one step of units" else 2 + (not save))
+    assert_launchable(launched, 1 if size == "one step of units" else 2 + (not save))
 
 
 # --- out of memory ----------------------------------------------------------------------------------------------------
@@ -182,13 +174,13 @@ def test_recurrences_run_out_of_memory(name, by_the_function):
 
 
 @pytest.mark.parametrize("name", ["attention", *RECURRENCES])
-def test_what_launches_kernels_runs_out_of_memory(name, by_the_function, grids):
+def test_what_launches_kernels_runs_out_of_memory(name, by_the_function, launched):
     """What the operators do before and after launches, none of which runs."""
     options = {**features(2, 2, 5, 7)["everything"], "return_lse": True}
     attention = lambda: attention_results(functional.attention, *qkv(2, 2), **options)
     run = attention if name == "attention" else recurrence(name)
     assert failures(run, step=effort(4, 1)) > 20
-    assert len(grids) > 10
+    assert len(launched) > 10
 
 
 @pytest.mark.parametrize("kind", [seqcore.nn.MultiheadAttention, seqcore.nn.LSTMCell], ids=lambda kind: kind.__name__)

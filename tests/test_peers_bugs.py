@@ -1,7 +1,5 @@
 """What the trackers of other libraries tell of, held to here; the promise in tests/trust/peers.py names the rest."""
 
-from unittest import mock
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +7,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from seqcore import functional
-from seqcore.devices import INTERPRETED, pretending
+from seqcore.devices import INTERPRETED
 from seqcore.kernels.tuning import Device
 from seqcore.nn import MultiheadAttention
+from seqcore.testing.launches import noted_for
 
 from .attention_twins import assert_like_torch, attending, ends, qkv
 from .comparisons import assert_equal_in_float64, assert_within, cotangents
@@ -113,18 +112,11 @@ def test_more_queries_and_keys_than_65535(m, n):
 @pytest.mark.parametrize("batch, heads", [(65_537, 1), (1, 65_537), (257, 257)])
 def test_more_heads_than_a_grids_second_dimension_has_room_for(batch, heads):
     """SDPA's kernels put batch * heads into a dimension of 65,535 programs: "invalid configuration argument"."""
-    from triton.runtime import jit
-
-    grids = []
-
-    def watched(kernel, grid):
-        return lambda *arguments, **keywords: grids.append(grid)
-
     inputs = [torch.zeros(batch, heads, 1, 16, requires_grad=True) for _ in range(3)]
-    with pretending(Device("sm_90")), mock.patch.object(jit.JITFunction, "__getitem__", watched):
+    with noted_for(Device("sm_90")) as launches:
         functional.attention(*inputs, backend="triton").sum().backward()
-    assert len(grids) >= 4
-    assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in grids)
+    assert len(launches) >= 4
+    assert all(len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31 for launch in launches)
     out = functional.attention(*inputs, backend="reference")
     assert out.shape == (batch, heads, 1, 16)
 

@@ -1,13 +1,11 @@
 """Programs that wait for each other: no launch has more than run at once, and none counts in another's memory."""
 
-import contextlib
 import itertools
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
-from triton.runtime import JITFunction, OutOfResources
+from triton.runtime import OutOfResources
 
 import seqcore
 from seqcore import Device, UnsupportedInput
@@ -16,6 +14,7 @@ from seqcore.kernels import grid
 from seqcore.kernels.recurrence import plan
 from seqcore.kernels.recurrence.plan import NoPlan, Shape
 from seqcore.ops import layout, sequence
+from seqcore.testing.launches import noted_for
 
 from .effort import effort, tried
 
@@ -100,21 +99,6 @@ def test_what_a_compiled_program_takes_beyond_its_device_is_said_before_it_start
         launched(made, H200, 16, OutOfResources(512, 384, "threads"))
 
 
-@contextlib.contextmanager
-def noted(device):
-    """Within the block kernels given CPU tensors are launched on ``device``, and only noted: names and arguments."""
-    found = []
-
-    def note(kernel, programs):
-        def launch(*arguments, **keywords):
-            found.append((kernel.fn.__name__, dict(zip(kernel.arg_names, arguments, strict=False)) | keywords))
-
-        return launch
-
-    with pretending(device), mock.patch.object(JITFunction, "__getitem__", note):
-        yield found
-
-
 def lstm(hidden=400, **options):
     return seqcore.nn.LSTM(8, hidden, dtype=torch.bfloat16, backend="triton", **options)
 
@@ -132,7 +116,7 @@ X = torch.zeros(2, 3, 8, dtype=torch.bfloat16)
 )
 def test_a_forced_plan_that_is_too_large_raises_and_says_what_to_do(forced, message):
     module = lstm()
-    with noted(Device("sm_90", multiprocessors=16)) as found:
+    with noted_for(Device("sm_90", multiprocessors=16)) as found:
         module(X)
         with plan.overriding(**forced), pytest.raises(UnsupportedInput, match=message):
             module(X)
@@ -141,11 +125,11 @@ def test_a_forced_plan_that_is_too_large_raises_and_says_what_to_do(forced, mess
 
 def test_a_plan_forced_between_forward_and_backward_raises_too():
     module = lstm()
-    with noted(Device("sm_90", multiprocessors=16)) as found:
+    with noted_for(Device("sm_90", multiprocessors=16)) as found:
         out = module(X)[0]
         with plan.overriding(units=16), pytest.raises(UnsupportedInput, match="25 slices of 16 units"):
             out.float().sum().backward()
-    assert [name for name, _ in found] == ["recurrence_forward_kernel"]
+    assert [launch.name for launch in found] == ["recurrence_forward_kernel"]
 
 
 @pytest.mark.parametrize("units, rows", [(16, 16), (128, 128)], ids=["programs", "shared memory"])
@@ -195,10 +179,10 @@ def test_layers_passes_and_calls_in_flight_share_no_counters(monkeypatch):
 
     monkeypatch.setattr(sequence.torch, "zeros", clear)
     module = lstm(num_layers=2)
-    with noted(H200) as found:
+    with noted_for(H200) as found:
         outputs = [module(X)[0] for _ in range(2)]
         torch.autograd.backward([out.float().sum() for out in outputs])
-    waiting = [arguments["counter_ptr"] for _, arguments in found if arguments["SLICES"] > 1]
+    waiting = [launch.arguments["counter_ptr"] for launch in found if launch.arguments["SLICES"] > 1]
     assert len(waiting) == len(found) == 8
     assert_apart(waiting)
     made = [tensor.data_ptr() for tensor in cleared if tensor.dtype == torch.int32]

@@ -1,11 +1,11 @@
-"""The operators' own launches, compiled to machine code for a GPU that is not here.
+"""The operators' own launches, compiled to machine code for a GPU that is not here, or only noted.
 
 What ``aot`` compiles is what its catalogue says a launch passes; here it is what a launch does pass. Triton's cache
 then holds what the same call would look for on that GPU.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ from ..kernels.tuning import Device
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel that was to be launched: what the compiler made of it, how many programs, what they were given."""
+    """One kernel that was to be launched: what the compiler made of it, if anything; its programs; what they got."""
 
     name: str
     compiled: Any
@@ -38,21 +38,33 @@ def compiled_for(device: Device) -> Iterator[list[Launch]]:
         raise RuntimeError("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
     from triton.runtime import driver, jit
 
+    def compile_only(kernel: jit.JITFunction, *arguments: Any, **keywords: Any) -> Any:
+        return kernel.run(*arguments, warmup=True, **keywords)
+
+    with mock.patch.object(driver, "_active", _Driver(device.arch)), _noted(device, compile_only) as found:
+        yield found
+
+
+def noted_for(device: Device) -> contextlib.AbstractContextManager[list[Launch]]:
+    """As ``compiled_for``, and nothing is compiled either; tensors may be on device meta, too."""
+    return _noted(device, lambda *_, **__: None)
+
+
+@contextlib.contextmanager
+def _noted(device: Device, compiled: Callable[..., Any]) -> Iterator[list[Launch]]:
+    from triton.runtime import jit
+
     found: list[Launch] = []
 
-    def compile_only(kernel: Any, grid: tuple[int, ...]):
+    def note(kernel: jit.JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, **keywords: Any) -> None:
-            compiled = kernel.run(*arguments, grid=grid, warmup=True, **keywords)
             named = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
-            found.append(Launch(kernel.fn.__name__, compiled, grid, named))
+            made = compiled(kernel, *arguments, grid=grid, **keywords)
+            found.append(Launch(kernel.fn.__name__, made, grid, named))
 
         return launch
 
-    with (
-        pretending(device),
-        mock.patch.object(driver, "_active", _Driver(device.arch)),
-        mock.patch.object(jit.JITFunction, "__getitem__", compile_only),
-    ):
+    with pretending(device), mock.patch.object(jit.JITFunction, "__getitem__", note):
         yield found
 
 
