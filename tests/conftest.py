@@ -18,10 +18,10 @@ os.environ["SEQCORE_CACHE"] = ""
 import pytest
 import torch
 
-from seqcore import backends
 from seqcore.devices import INTERPRETED
 
 from .effort import take_tried
+from .routes import by_the_operators
 
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 
@@ -98,10 +98,10 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
-@pytest.fixture
-def by_the_function(monkeypatch):
-    """What a GPU's kernels go through, autograd.Functions over operators, for all calls of a test; on a CPU, too."""
-    monkeypatch.setattr(backends, "choose", lambda *_: "triton")
+@pytest.fixture(name="by_the_operators")
+def _by_the_operators():
+    with by_the_operators():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -17,6 +16,8 @@ from seqcore.cells import GRU, LSTM, RNN_TANH
 from seqcore.testing.attention_cases import attention_case
 from seqcore.testing.cases import LAYOUTS, ZONED, Case, Results, recurrence_case
 from seqcore.testing.verify import compute
+
+from .routes import by_the_operators
 
 CPU = torch.device("cpu")
 M, N, D = 5, 7, 16
@@ -83,11 +84,6 @@ def problems() -> list[Case]:
     # So few queries over so many keys that they are decoded in parts.
     found += [attention_case(CPU, 1, 70, D, **features) for features in DECODED]
     return [*found, *_modules()]
-
-
-def by_the_operators():
-    """Within it all calls take seqcore's own autograd.Functions over its operators, on a CPU, too."""
-    return mock.patch.object(backends, "choose", return_value="triton")
 
 
 def of(case: Case, backend: str) -> Results | None:

@@ -3,7 +3,6 @@
 import contextlib
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from hypothesis import strategies as st
@@ -11,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqcore.nn
-from seqcore import backends, functional
+from seqcore import functional
 from seqcore.cells import BUILT_IN
 
 from .comparisons import Results, cotangents
 from .recurrence_twins import CELLS, tensors
+from .routes import by_the_operators
 
 KINDS = {name: getattr(seqcore.nn, kind.__name__) for name, (kind, _) in CELLS.items()}
 HALF = (torch.float16, torch.bfloat16)
@@ -229,7 +229,7 @@ class Problem:
         """What comes out, by the module or by a function."""
         call, keywords = self.call, self.keywords(leaves)
         torch.manual_seed(call.seed)
-        with by_operators() if backend == "operators" else contextlib.nullcontext():
+        with by_the_operators() if backend == "operators" else contextlib.nullcontext():
             backend = None if backend == "operators" else backend
             if call.by == "module":
                 module = self.module(backend, None)
@@ -273,11 +273,6 @@ class Problem:
     def double(self) -> Results:
         """The truth."""
         return self.results("reference", torch.float64)
-
-
-def by_operators() -> contextlib.AbstractContextManager:
-    """Within, calls go through what a GPU's do, autograd.Functions over operators, which have formulas for a CPU."""
-    return mock.patch.object(backends, "choose", return_value="triton")
 
 
 def rows_of(call: Call, t: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ BACKENDS = ["reference", "operators", pytest.param("triton", marks=pytest.mark.k
 def attend(request, device):
     """``functional.attention`` on a backend; the operators' formulas for a CPU are reached by the kernels' name."""
     if request.param == "operators":
-        request.getfixturevalue("by_the_function")
+        request.getfixturevalue("by_the_operators")
 
     def call(*inputs, **options):
         backend = "reference" if request.param == "reference" else "triton"

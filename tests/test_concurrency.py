@@ -151,7 +151,7 @@ def test_backward_of_another_thread_follows_the_choice_of_forward(backend, devic
         assert_same(dict(enumerate(elsewhere(backward))), dict(enumerate(expected)))
 
 
-def test_dropout_draws_once_for_forward_and_backward_whoever_draws_meanwhile(by_the_function):
+def test_dropout_draws_once_for_forward_and_backward_whoever_draws_meanwhile(by_the_operators):
     """Attention is linear in v: the gradient times v is the output, as long as both dropped the same."""
 
     def dropped():
@@ -244,7 +244,7 @@ def test_checkpoints(backend, reentrant, device):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_drop_again_what_they_dropped(reentrant, by_the_function):
+def test_checkpoints_drop_again_what_they_dropped(reentrant, by_the_operators):
     module, x = Attending(None, dropout_p=0.5), torch.randn(9, 2, 8, requires_grad=True)
     torch.manual_seed(3)
     expected = trained(module, x)

@@ -72,7 +72,7 @@ def test_double_backward_of_attention_without_weights():
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_double_backward_of_the_functions(call, by_the_function):
+def test_double_backward_of_the_functions(call, by_the_operators):
     check_second_derivative(call, None)
 
 
@@ -306,7 +306,7 @@ def check_many_gradients(y, leaf):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_many_gradients_at_once(call, by_the_function):
+def test_many_gradients_at_once(call, by_the_operators):
     theirs, module, keywords, x = problem_of(call)
     at_once = torch.autograd.functional.jacobian(first(module, **keywords), x, vectorize=True)
     torch.testing.assert_close(at_once, torch.autograd.functional.jacobian(first(theirs), x))
@@ -316,7 +316,7 @@ def test_many_gradients_at_once(call, by_the_function):
 
 
 @pytest.mark.parametrize("options", [{}, {"return_weights": "average"}], ids=["plain", "weights"])
-def test_many_gradients_of_the_function_of_attention(options, by_the_function):
+def test_many_gradients_of_the_function_of_attention(options, by_the_operators):
     query, key, value = qkv(1, 2, M=2, N=3, D=2, **DOUBLE)
     found = functional.attention(query.requires_grad_(), key, value, **options)
     check_many_gradients(found[-1] if options else found, query)

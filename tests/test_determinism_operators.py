@@ -16,7 +16,8 @@ import seqcore
 from seqcore import Device, functional, nn
 from seqcore.testing.launches import noted_for
 
-from .determinism_problems import by_the_operators, of, problems
+from .determinism_problems import of, problems
+from .routes import by_the_operators
 from .test_determinism import deterministic
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

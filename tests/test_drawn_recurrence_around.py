@@ -12,12 +12,13 @@ from seqcore.nn import init
 from .comparisons import Results, assert_equal_in_float64, cotangents
 from .effort import drawn
 from .recurrence_twins import CELLS, SINGLE, packed, tensors
+from .routes import by_the_operators
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
 from hypothesis import strategies as st
 
-from .drawn_recurrence import LAYOUTS_IN_FULL, Call, Problem, by_operators, calls
+from .drawn_recurrence import LAYOUTS_IN_FULL, Call, Problem, calls
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -76,7 +77,7 @@ def test_single_steps(cell, batch, inputs, hidden, bias, state, by_module, lying
     expected = step_results(torchs, {name: t.clone() for name, t in leaves.items()})
     for backend in ("reference", "aten"):
         assert_equal_in_float64(step_results(ours(backend), leaves), expected)
-    with by_operators():
+    with by_the_operators():
         assert_equal_in_float64(step_results(ours(None), leaves), expected)
 
 

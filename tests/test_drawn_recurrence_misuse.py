@@ -24,12 +24,11 @@ from seqcore.nn import init
 from .comparisons import Results, assert_equal_in_float64
 from .effort import drawn, seeded
 from .recurrence_twins import packed, tensors
+from .routes import by_the_operators
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
 from hypothesis import strategies as st
-
-from .drawn_recurrence import by_operators
 
 T, B, I, H = 3, 2, 5, 4
 DOUBLE = {"dtype": torch.float64}
@@ -278,7 +277,7 @@ def hold(name: str, arguments: dict[str, Any]) -> None:
     elif isinstance(found, list) and arguments.get("backend") is None and all(map(comparable, found)):
         with seqcore.use_backend("reference"):
             expected = attempt(function, arguments)
-        with by_operators():
+        with by_the_operators():
             by_hand = attempt(function, arguments)
         for other in (found, by_hand):
             assert_equal_in_float64(told_apart(other), told_apart(expected))

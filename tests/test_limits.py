@@ -124,7 +124,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("kind", ["plain", "everything", "averaged weights"])
-def test_attention_runs_out_of_memory(kind, by_the_function):
+def test_attention_runs_out_of_memory(kind, by_the_operators):
     options = features(2, 2, 5, 7)["everything" if kind == "everything" else "plain"]
     if kind == "averaged weights":
         options |= {"return_weights": "average", "causal": "top_left"}
@@ -169,12 +169,12 @@ def recurrence(name):
 
 
 @pytest.mark.parametrize("name", RECURRENCES)
-def test_recurrences_run_out_of_memory(name, by_the_function):
+def test_recurrences_run_out_of_memory(name, by_the_operators):
     assert_recovers(recurrence(name), 50)
 
 
 @pytest.mark.parametrize("name", ["attention", *RECURRENCES])
-def test_what_launches_kernels_runs_out_of_memory(name, by_the_function, launched):
+def test_what_launches_kernels_runs_out_of_memory(name, by_the_operators, launched):
     """What the operators do before and after launches, none of which runs."""
     options = {**features(2, 2, 5, 7)["everything"], "return_lse": True}
     attention = lambda: attention_results(functional.attention, *qkv(2, 2), **options)
@@ -184,7 +184,7 @@ def test_what_launches_kernels_runs_out_of_memory(name, by_the_function, launche
 
 
 @pytest.mark.parametrize("kind", [seqcore.nn.MultiheadAttention, seqcore.nn.LSTMCell], ids=lambda kind: kind.__name__)
-def test_modules_run_out_of_memory(kind, by_the_function):
+def test_modules_run_out_of_memory(kind, by_the_operators):
     x = torch.randn(3, 8, requires_grad=True)
     module = kind(8, 2)
 

@@ -178,7 +178,7 @@ def test_without_the_option_the_mask_is_drawn_for_each_step():
 
 
 @pytest.mark.parametrize("form", ["padded", "packed"])
-def test_by_the_operators_and_compiled(form, by_the_function):
+def test_by_the_operators_and_compiled(form, by_the_operators):
     twin, x, _ = problem("gru", T=T, num_layers=2, dropout=0.5, bidirectional=True, dtype=torch.float64)
     x = packed(x, LENGTHS) if form == "packed" else x
     expected = seeded(Layers(twin, LockedDropout(0.5)), x)

@@ -65,7 +65,7 @@ def test_the_reference_computes_in_the_lower_precision(name, half):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_functions_compute_in_the_lower_precision(name, half, by_the_function):
+def test_the_functions_compute_in_the_lower_precision(name, half, by_the_operators):
     check_casts(ours(twin(name), None), name, half)
 
 
@@ -149,7 +149,7 @@ def test_a_scaler_trains_the_reference(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_scaler_trains_the_functions(name, by_the_function):
+def test_a_scaler_trains_the_functions(name, by_the_operators):
     check_training(name, None)
 
 

@@ -155,7 +155,7 @@ def test_checkpoints_draw_the_same_dropout_again(name, backend):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_checkpoints_of_the_functions(name, by_the_function):
+def test_checkpoints_of_the_functions(name, by_the_operators):
     check_checkpoint(name, None)
 
 

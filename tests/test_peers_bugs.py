@@ -165,7 +165,7 @@ def test_half_products_larger_than_half(backend, device):
     assert found["out"].isfinite().all()
 
 
-@pytest.mark.usefixtures("by_the_function")
+@pytest.mark.usefixtures("by_the_operators")
 def test_what_backward_needs_and_was_written_since_is_told():
     """Custom functions that keep tensors on their context give wrong gradients without a word."""
     inputs = [t.requires_grad_() for t in qkv(1, 2)]

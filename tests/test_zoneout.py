@@ -124,7 +124,7 @@ def test_the_papers_formula(cell, form, mode):
 
 
 @pytest.mark.parametrize("cell, mode", [*((cell, "training") for cell in CELLS), ("lstm", "evaluation")])
-def test_operators_and_compiled_graphs_draw_and_compute_the_same(cell, mode, by_the_function):
+def test_operators_and_compiled_graphs_draw_and_compute_the_same(cell, mode, by_the_operators):
     twin, x, hx = problem(cell, **BOTH_WAYS, dtype=torch.float64)
     twin.train(mode == "training")
     zoneout = (0.7, 0.2) if mode == "evaluation" else zoneout_of(cell)
