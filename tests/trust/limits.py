@@ -2,7 +2,8 @@
 
 from .kinds import Guard, Promise, interpreted_in
 
-_SIZES, _KERNELS, _GPU = "test_limits.py", "test_limits_kernels.py", "test_limits_gpu.py"
+_GRIDS, _MEMORY, _GPU = "test_limits.py", "test_out_of_memory.py", "test_limits_gpu.py"
+_ATTENTION, _RECURRENCE = "test_limits_attention.py", "test_limits_recurrence.py"
 
 PROMISES = [
     Promise(
@@ -10,10 +11,10 @@ PROMISES = [
         "Interpreted programs at the far end of outputs, statistics, parts, masks and their gradients of billions of "
         "elements, whose memory nobody touches, give the bits of a small problem; and so with each input's strides.",
         (
-            f"{_KERNELS}::test_attention",
-            f"{_KERNELS}::test_packed_attention",
-            f"{_KERNELS}::test_averaged_weights",
-            f"{_KERNELS}::test_strides",
+            f"{_ATTENTION}::test_attention",
+            f"{_ATTENTION}::test_packed_attention",
+            f"{_ATTENTION}::test_averaged_weights",
+            f"{_ATTENTION}::test_strides",
             "test_attention_memory.py::test_offsets_beyond_31_bits_in_a_mask",
             "test_attention_memory.py::test_offsets_beyond_31_bits_in_keys",
         ),
@@ -22,11 +23,11 @@ PROMISES = [
         "So may those of recurrences: inputs, states, what is kept for backward, and weights.",
         "Launches for the last sequences of a batch of more than 2^30, and tiles of weights at their far end.",
         (
-            f"{_KERNELS}::test_sequences",
-            f"{_KERNELS}::test_single_steps",
-            f"{_KERNELS}::test_pointwise_steps",
-            f"{_KERNELS}::test_weights",
-            f"{_KERNELS}::test_exchange",
+            f"{_RECURRENCE}::test_sequences",
+            f"{_RECURRENCE}::test_single_steps",
+            f"{_RECURRENCE}::test_pointwise_steps",
+            f"{_RECURRENCE}::test_weights",
+            f"{_RECURRENCE}::test_exchange",
         ),
     ),
     Promise(
@@ -34,10 +35,10 @@ PROMISES = [
         "even x can count is refused.",
         "Every launch of operators given such sizes, none of which runs; on a GPU, a few of them run.",
         (
-            f"{_SIZES}::test_attention_fits_into_grids",
-            f"{_SIZES}::test_recurrences_fit_into_grids",
-            f"{_SIZES}::test_more_tiles_than_a_grid_has_are_refused",
-            f"{_SIZES}::test_more_rows_than_are_put_together_go_through_the_plain_kernel",
+            f"{_GRIDS}::test_attention_fits_into_grids",
+            f"{_GRIDS}::test_recurrences_fit_into_grids",
+            f"{_GRIDS}::test_more_tiles_than_a_grid_has_are_refused",
+            f"{_GRIDS}::test_more_rows_than_are_put_together_go_through_the_plain_kernel",
             f"{_GPU}::test_attention_of_many",
             f"{_GPU}::test_recurrence_of_many",
             f"{_GPU}::test_recurrence_of_many_blocks",
@@ -49,21 +50,20 @@ PROMISES = [
         "Each tensor in turn that a call would make, forward and backward, raises instead; on a GPU, a request that is "
         "really too large.",
         (
-            f"{_SIZES}::test_attention_runs_out_of_memory",
-            f"{_SIZES}::test_other_backends_run_out_of_memory",
-            f"{_SIZES}::test_recurrences_run_out_of_memory",
-            f"{_SIZES}::test_what_launches_kernels_runs_out_of_memory",
-            f"{_SIZES}::test_modules_run_out_of_memory",
-            f"{_SIZES}::test_a_cache_runs_out_of_memory",
-            f"{_KERNELS}::test_what_ran_out_of_memory_runs_again",
+            f"{_MEMORY}::test_attention_runs_out_of_memory",
+            f"{_MEMORY}::test_other_backends_run_out_of_memory",
+            f"{_MEMORY}::test_recurrences_run_out_of_memory",
+            f"{_MEMORY}::test_what_launches_kernels_runs_out_of_memory",
+            f"{_MEMORY}::test_modules_run_out_of_memory",
+            f"{_MEMORY}::test_a_cache_runs_out_of_memory",
+            f"{_MEMORY}::test_what_ran_out_of_memory_runs_again",
             f"{_GPU}::test_a_request_that_is_too_large",
         ),
     ),
 ]
 
 
-_far = interpreted_in(_KERNELS)
-_ATTENTION, _RECURRENCE = "kernels/attention", "kernels/recurrence"
+_far_attention, _far_recurrence = interpreted_in(_ATTENTION), interpreted_in(_RECURRENCE)
 _HEAD = "units = batch.to(tl.int64) * matrix.stride_b + head.to(tl.int64) * matrix.stride_h"
 _ROWS = "    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_column[None, :]\n"
 _LOAD = '    """Rows of a matrix, zero past either end; [len(offs_row), BLOCK_COLUMNS]."""\n'
@@ -71,189 +71,189 @@ _STORE = '    """The reverse of ``load_rows``, in the matrix\'s dtype."""\n'
 _COLUMN = "    offs_column = tl.arange(0, BLOCK_COLUMNS)\n"
 
 GUARDS = [
-    _far(
+    _far_attention(
         "offsets of a batch are 64 bits wide",
-        f"{_ATTENTION}/layout.py",
+        "kernels/attention/layout.py",
         _HEAD,
         _HEAD.replace("batch.to(tl.int64)", "batch"),
         "test_attention[batch-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of a head are",
-        f"{_ATTENTION}/layout.py",
+        "kernels/attention/layout.py",
         _HEAD,
         _HEAD.replace("head.to(tl.int64)", "head"),
         "test_attention[heads-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of a packed sequence are",
-        f"{_ATTENTION}/layout.py",
+        "kernels/attention/layout.py",
         "first_row.to(tl.int64) * matrix.stride_row",
         "first_row * matrix.stride_row",
         "test_packed_attention",
     ),
-    _far(
+    _far_attention(
         "offsets of rows that are loaded are",
-        f"{_ATTENTION}/layout.py",
+        "kernels/attention/layout.py",
         _LOAD + _COLUMN + _ROWS,
         _LOAD + _COLUMN + _ROWS.replace(".to(tl.int64)", ""),
         "test_attention[queries-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of rows that are stored are",
-        f"{_ATTENTION}/layout.py",
+        "kernels/attention/layout.py",
         _STORE + _COLUMN + _ROWS,
         _STORE + _COLUMN + _ROWS.replace(".to(tl.int64)", ""),
         "test_attention[queries-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of statistics are",
-        f"{_ATTENTION}/layout.py",
+        "kernels/attention/layout.py",
         "(place.batch.to(tl.int64) * H + head) * M",
         "(place.batch * H + head) * M",
         "test_attention[heads-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of delta's rows are",
-        f"{_ATTENTION}/backward.py",
+        "kernels/attention/backward.py",
         "batch_head = (tl.program_id(0) // blocks).to(tl.int64)",
         "batch_head = tl.program_id(0) // blocks",
         "test_attention[heads-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of a mask's batch are",
-        f"{_ATTENTION}/scores.py",
+        "kernels/attention/scores.py",
         "place.batch.to(tl.int64) * features.stride_mask_b",
         "place.batch * features.stride_mask_b",
         "test_attention[batch-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of a mask's head are",
-        f"{_ATTENTION}/scores.py",
+        "kernels/attention/scores.py",
         "head.to(tl.int64) * features.stride_mask_h",
         "head * features.stride_mask_h",
         "test_attention[heads-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of a mask's rows are",
-        f"{_ATTENTION}/scores.py",
+        "kernels/attention/scores.py",
         "(place.first_row + m).to(tl.int64) * features.stride_mask_m",
         "(place.first_row + m) * features.stride_mask_m",
         "test_attention[queries-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of a mask's gradient are",
-        f"{_ATTENTION}/bias.py",
+        "kernels/attention/bias.py",
         "batch_head = place.batch.to(tl.int64) * groups + place.head",
         "batch_head = place.batch * groups + place.head",
         "test_attention[heads-forward]",
     ),
-    _far(
+    _far_attention(
         "offsets of a part of decoding are",
-        f"{_ATTENTION}/decode.py",
+        "kernels/attention/decode.py",
         "first = split.to(tl.int64) * rows",
         "first = split * rows",
         "test_attention[heads-decode]",
     ),
-    _far(
+    _far_attention(
         "offsets of the parts that are put together are",
-        f"{_ATTENTION}/decode.py",
+        "kernels/attention/decode.py",
         "first = tl.full([], 0, tl.int64)",
         "first = tl.full([], 0, tl.int32)",
         "test_attention[heads-decode]",
     ),
-    _far(
+    _far_attention(
         "offsets of averaged weights are",
-        f"{_ATTENTION}/weights.py",
+        "kernels/attention/weights.py",
         "(place.batch.to(tl.int64) * M + offs_m[:, None]) * N",
         "(place.batch * M + offs_m[:, None]) * N",
         "test_averaged_weights[keys]",
     ),
-    _far(
+    _far_attention(
         "rows a long way apart are not counted in units",
         "seqcore/ops/attention_arguments.py",
         " or strides[2] >= FAR else unit",
         " else unit",
         "test_strides[query]",
     ),
-    _far(
+    _far_recurrence(
         "rows of a step are numbered in 64 bits",
-        f"{_RECURRENCE}/layout.py",
+        "kernels/recurrence/layout.py",
         "rows = t.to(tl.int64) * B + offs_b",
         "rows = (t * B + offs_b.to(tl.int32)).to(tl.int64)",
         "test_sequences[gru-padded]",
     ),
-    _far(
+    _far_recurrence(
         "and in the map, for each direction",
-        f"{_RECURRENCE}/layout.py",
+        "kernels/recurrence/layout.py",
         "source_ptr + direction.to(tl.int64) * R + rows",
         "source_ptr + (direction * R).to(tl.int32) + rows",
         "test_sequences[gru-masked]",
     ),
-    _far(
+    _far_recurrence(
         "offsets of forward's sequences are 64 bits wide",
-        f"{_RECURRENCE}/forward.py",
+        "kernels/recurrence/forward.py",
         "offs_b = (group * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)",
         "offs_b = group * BLOCK_B + tl.arange(0, BLOCK_B)",
         "test_sequences[gru-padded]",
     ),
-    _far(
+    _far_recurrence(
         "offsets of forward's final states are",
-        f"{_RECURRENCE}/forward.py",
+        "kernels/recurrence/forward.py",
         "final = direction.to(tl.int64) * B * H",
         "final = direction * B * H",
         "test_sequences[gru-padded]",
     ),
-    _far(
+    _far_recurrence(
         "offsets of backward's sequences are",
-        f"{_RECURRENCE}/backward.py",
+        "kernels/recurrence/backward.py",
         "offs_b = (group * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)",
         "offs_b = group * BLOCK_B + tl.arange(0, BLOCK_B)",
         "test_sequences[gru-padded]",
     ),
-    _far(
+    _far_recurrence(
         "offsets of backward's initial states are",
-        f"{_RECURRENCE}/backward.py",
+        "kernels/recurrence/backward.py",
         "initial = direction.to(tl.int64) * initial_rows * H",
         "initial = direction * initial_rows * H",
         "test_sequences[gru-padded]",
     ),
-    _far(
+    _far_recurrence(
         "offsets of states that are put in are",
-        f"{_RECURRENCE}/backward.py",
+        "kernels/recurrence/backward.py",
         "reset_offs = state_offs + B.to(tl.int64) * H",
         "reset_offs = state_offs + B * H",
         "test_sequences[gru-reset to given states]",
     ),
-    _far(
+    _far_recurrence(
         "offsets of a single step's sequences are",
-        f"{_RECURRENCE}/step.py",
+        "kernels/recurrence/step.py",
         "offs_b = (group * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)",
         "offs_b = group * BLOCK_B + tl.arange(0, BLOCK_B)",
         "test_single_steps",
     ),
-    _far(
+    _far_recurrence(
         "offsets of steps that are made again are",
-        f"{_RECURRENCE}/pointwise.py",
+        "kernels/recurrence/pointwise.py",
         "BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)",
         "BLOCK_B + tl.arange(0, BLOCK_B))",
         "test_pointwise_steps[lstm]",
     ),
-    _far(
+    _far_recurrence(
         "offsets of weights are where they have to be",
-        f"{_RECURRENCE}/products.py",
+        "kernels/recurrence/products.py",
         "return rows.to(tl.int64) if ELEMENTS > 2**31 else rows",
         "return rows",
         "test_weights[one-]",
     ),
-    _far(
+    _far_recurrence(
         "and for that are counted whole",
-        f"{_RECURRENCE}/products.py",
+        "kernels/recurrence/products.py",
         "UNITS + place % UNITS, GATES * BLOCKS * UNITS * UNITS)",
         "UNITS + place % UNITS, GATES * UNITS * UNITS)",
         "test_weights[blocks-swapped]",
     ),
-    _far(
+    _far_recurrence(
         "offsets of an exchange are 64 bits wide",
         "kernels/floors.py",
         "stride_step = teams.to(tl.int64) * (BLOCK_B * WIDTH)",
@@ -265,28 +265,28 @@ GUARDS = [
         "seqcore/ops/sequence.py",
         "kernels.recurrence_step_kernel[(plan.groups * layer.blocks * plan.slices,)](",
         "kernels.recurrence_step_kernel[(plan.groups, layer.blocks * plan.slices)](",
-        f"{_SIZES}::test_recurrences_fit_into_grids[one step of blocks-saved]",
+        f"{_GRIDS}::test_recurrences_fit_into_grids[one step of blocks-saved]",
     ),
     Guard(
         "more tiles than a grid has are refused",
         "seqcore/ops/attention_arguments.py",
         "    if programs >= FAR:\n",
         "    if programs > FAR:\n",
-        f"{_SIZES}::test_more_tiles_than_a_grid_has_are_refused[sequences]",
+        f"{_GRIDS}::test_more_tiles_than_a_grid_has_are_refused[sequences]",
     ),
     Guard(
         "rows that 32 bits cannot number are not put together",
         "seqcore/ops/attention_arguments.py",
         " or batch * self.heads_kv * group * M >= FAR:",
         ":",
-        f"{_SIZES}::test_more_rows_than_are_put_together_go_through_the_plain_kernel",
+        f"{_GRIDS}::test_more_rows_than_are_put_together_go_through_the_plain_kernel",
     ),
     Guard(
         "the library's switch for products is put back, whatever happens",
         "seqcore/ops/precision.py",
         "        finally:\n            switch.fp32_precision = before\n",
         "        except ZeroDivisionError:\n            pass\n        switch.fp32_precision = before\n",
-        f"{_SIZES}::test_what_launches_kernels_runs_out_of_memory[rnn_tanh]",
+        f"{_MEMORY}::test_what_launches_kernels_runs_out_of_memory[rnn_tanh]",
     ),
     Guard(
         "a cache writes nothing before all that could fail is done",
@@ -296,13 +296,13 @@ GUARDS = [
         "        for buffer, copy in zip(buffers, [buffer[index] for buffer in buffers], strict=True):\n"
         "            buffer.copy_(copy)\n",
         "        for buffer in (self.keys, self.values, self.lengths):\n            buffer.copy_(buffer[index])\n",
-        f"{_SIZES}::test_a_cache_runs_out_of_memory[reorder]",
+        f"{_MEMORY}::test_a_cache_runs_out_of_memory[reorder]",
     ),
     Guard(
         "a cache is emptied by operations that take no memory",
         "seqcore/nn/cache.py",
         "buffer.index_fill_(0, index.flatten(), 0)",
         "buffer.copy_(buffer.index_fill(0, index.flatten(), 0))",
-        f"{_SIZES}::test_a_cache_runs_out_of_memory[reset]",
+        f"{_MEMORY}::test_a_cache_runs_out_of_memory[reset]",
     ),
 ]
