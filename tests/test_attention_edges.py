@@ -104,3 +104,15 @@ def test_little_shared_memory_gets_small_tiles():
     few, many = (tuning.attention_tiles("attention_forward", 128, 16, Device(arch)) for arch in ("sm_89", "sm_80"))
     assert few.rows * few.columns < many.rows * many.columns
     assert tuning.attention_tiles("attention_forward", 64, 16, Device("gfx90a")).num_warps == 4
+
+
+@pytest.mark.parametrize("m, n, width", [(0, 5, 4), (5, 0, 4), (5, 7, 0)], ids=["queries", "keys", "width"])
+@pytest.mark.parametrize("lead", [((1, 2), (3, 2)), ((2,), (3, 1)), ((3, 1), (2,))], ids=str)
+def test_of_nothing_leading_dimensions_broadcast_too(m, n, width, lead):
+    """torch's own operator gives an out in the query's."""
+    shapes = (*lead[0], m, 4), (*lead[1], n, 4), (*lead[1], n, width)
+    inputs = [torch.ones(shape, requires_grad=True) for shape in shapes]
+    for backend in ("auto", "aten", "reference"):
+        out = functional.attention(*inputs, backend=backend)
+        assert out.shape == (3, 2, m, width) and not out.any()
+        assert tuple(t.shape for t in torch.autograd.grad(out.sum(), inputs)) == shapes

@@ -135,6 +135,9 @@ def attention(
         )
     chosen = backends.choose(request, backend)
     if chosen == "aten":
+        if query.shape[:-2] != problem.lead and not (query.numel() and key.numel() and value.numel()):
+            # Of nothing torch makes an out of the query's leading dimensions, not of the broadcast ones.
+            query = query.expand(*problem.lead, *query.shape[-2:])
         return F.scaled_dot_product_attention(
             query, key, value, problem.mask, dropout_p, causal is not None, scale=problem.scale, enable_gqa=enable_gqa
         )
