@@ -100,6 +100,8 @@ class _Walk:
         lengths, reset = self.problem.lengths, self.problem.reset
         flat = [w for w in weights if w is not None]
         state, by = zip(*(split_initial(s, batch) for s in states), strict=True)
+        # All at once: the gradient of each of T slices would be as large as x.
+        inputs = x.split(1)
         steps = []
         for t in reversed(range(time)) if reverse else range(time):
             given = {}
@@ -109,7 +111,7 @@ class _Walk:
             cut = None if reset is None else cut_before(reset, lengths, t, reverse)
             if cut is not None:
                 given |= {"reset": cut[None], "reset_hx": None if by[0] is None else _packed_state(by)}
-            _, new = recurrence(x[t][None], _packed_state(state), flat, **self.options, **given)
+            _, new = recurrence(inputs[t], _packed_state(state), flat, **self.options, **given)
             state = tuple(kept(s[0]) for s in ((new,) if isinstance(new, Tensor) else new))
             steps.append(Step(t, state, valid))
         return steps[::-1] if reverse else steps, state

@@ -4,7 +4,8 @@ So nothing of one sequence can reach another: in one product over all of them a 
 scores are made that nobody may see. Where ends cannot be looked at, in a traced graph or on a GPU, all are one product.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,12 @@ def attention(
         return dense.attention(
             query, key, value, attn_mask=attn_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options
         )
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    each = zip(_each(query, q), _each(key, k), _each(value, k), _masks(attn_mask, q, k), strict=True)
     found = [
-        dense.attention(
-            query[..., rows, :], key[..., columns, :], value[..., columns, :],
-            attn_mask=_cut(attn_mask, rows, columns), first_sequence=number, **options,
-        )
-        for number, rows, columns in _sequences(cu_seqlens_q, cu_seqlens_k)
-    ]  # fmt: skip
+        dense.attention(*tensors, attn_mask=mask, first_sequence=number, **options)
+        for number, (*tensors, mask) in enumerate(each)
+    ]
     out, lse, _, rows = zip(*found, strict=True)
     out, lse, rows = torch.cat(out, -2), torch.cat(lse, -1), torch.cat(rows, -1)
     # Rows that belong to no sequence.
@@ -60,17 +60,22 @@ def backward(
         torch.zeros_like(mask) if mask is not None and mask.is_floating_point() else None,
         None if sinks is None else torch.zeros_like(sinks, dtype=acc),
     )  # fmt: skip
-    for number, r, c in _sequences(cu_seqlens_q, cu_seqlens_k):
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    each = zip(
+        _each(dout, q), _each(dlse, q, -1), _each(query, q), _each(key, k), _each(value, k), _each(out, q),
+        _each(rows, q, -1), _masks(mask, q, k), strict=True,
+    )  # fmt: skip
+    totals = zip(_each(total.query, q), _each(total.key, k), _each(total.value, k), strict=True)
+    dmasks = _masks(total.mask, q, k)
+    for number, ((*tensors, own), into, dmask) in enumerate(zip(each, totals, dmasks, strict=True)):
         found = dense_backward(
-            None if dout is None else dout[..., r, :], None if dlse is None else dlse[..., r], query[..., r, :],
-            key[..., c, :], value[..., c, :], out[..., r, :], rows[..., r], attn_mask=_cut(mask, r, c),
-            sinks=None if sinks is None else sinks.to(acc), cu_seqlens_q=None, cu_seqlens_k=None,
-            first_sequence=number, **options,
+            *tensors, attn_mask=own, sinks=None if sinks is None else sinks.to(acc), cu_seqlens_q=None,
+            cu_seqlens_k=None, first_sequence=number, **options,
         )  # fmt: skip
-        total.query[..., r, :], total.key[..., c, :], total.value[..., c, :] = found[:3]
-        if total.mask is not None:
-            part = _cut(total.mask, r, c)
-            part += found.mask
+        for gradient, part in zip(into, found[:3], strict=True):
+            gradient.copy_(part)
+        if dmask is not None:
+            dmask += found.mask
         if sinks is not None:
             total.sinks.add_(found.sinks)
     dmask, dsinks = (
@@ -79,15 +84,18 @@ def backward(
     return total._replace(mask=dmask, sinks=dsinks)
 
 
-def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """Each sequence's number, its queries and its keys."""
-    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for number in range(len(q) - 1):
-        yield number, slice(q[number], q[number + 1]), slice(k[number], k[number + 1])
+def _each(tensor: Tensor | None, ends: list[int], dim: int = -2) -> Sequence[Tensor | None]:
+    """Every sequence's part, all at once: the gradient of each of many slices would be as large as the whole."""
+    sizes = [end - begin for begin, end in pairwise(ends)]
+    if tensor is None:
+        return [None] * len(sizes)
+    return tensor.split([*sizes, tensor.shape[dim] - ends[-1]], dim)[:-1]
 
 
-def _cut(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
-    """A sequence's part of a mask, which may be broadcast over queries and keys."""
+def _masks(mask: Tensor | None, q: list[int], k: list[int]) -> list[Tensor | None]:
+    """Every sequence's part of a mask, which may be broadcast over queries and keys."""
     if mask is None:
-        return None
-    return mask[..., rows if mask.shape[-2] > 1 else slice(None), columns if mask.shape[-1] > 1 else slice(None)]
+        return [None] * (len(q) - 1)
+    by_queries = _each(mask, q) if mask.shape[-2] > 1 else [mask] * (len(q) - 1)
+    columns = [slice(begin, end) if mask.shape[-1] > 1 else slice(None) for begin, end in pairwise(k)]
+    return [rows[..., own] for rows, own in zip(by_queries, columns, strict=True)]

@@ -198,7 +198,9 @@ def direction(
 
     Returns y [R, P], h_n [B, P], and, for cells with c, c_n [B, H] and every step's c [R, H] (zero past ``lengths``).
     """
-    x_gates = F.linear(x, weights.w_ih, weights.b_ih)
+    # Split once: the gradient of each of T slices would be as large as all of them, and backward quadratic in T.
+    x_gates = F.linear(x, weights.w_ih, weights.b_ih).split(steps.active)
+    extras = (None,) * len(steps.active) if extra is None else extra.split(steps.active)
     batch = steps.active[0]
     (h, reset_h), (c, reset_c) = split_initial(h, batch), split_initial(c, batch)
     outputs: dict[int, Tensor] = {}
@@ -213,9 +215,7 @@ def direction(
             # A state that is only carried may be NaN, and nothing of it is to reach the weights.
             past = t >= lengths
             h_in, c_in = replaced(h_in, past, None), replaced(c_in, past, None)
-        here = steps.rows(t)
-        besides = None if extra is None else extra[here]
-        new_h, new_c = advance(cell, x_gates[here], h_in, c_in, weights, grad_clip, besides)
+        new_h, new_c = advance(cell, x_gates[t], h_in, c_in, weights, grad_clip, extras[t])
         outputs[t], all_c[t] = new_h, new_c
         if lengths is not None:
             valid = (t < lengths)[:, None]

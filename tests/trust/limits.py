@@ -1,4 +1,4 @@
-"""Limits: offsets beyond 2^31 elements, sizes beyond a grid's, and memory that runs out."""
+"""Limits: offsets beyond 2^31 elements, sizes beyond a grid's, memory that runs out, and work that grows."""
 
 from .kinds import Guard, Promise, interpreted_in
 
@@ -59,6 +59,11 @@ PROMISES = [
             f"{_MEMORY}::test_what_ran_out_of_memory_runs_again",
             f"{_GPU}::test_a_request_that_is_too_large",
         ),
+    ),
+    Promise(
+        "Plain PyTorch does work in proportion to steps, and to packed sequences, backward too.",
+        "Bytes of all tensors that are made, for four times as many.",
+        ("test_linear_work.py",),
     ),
 ]
 
@@ -304,5 +309,19 @@ GUARDS = [
         "buffer.index_fill_(0, index.flatten(), 0)",
         "buffer.copy_(buffer.index_fill(0, index.flatten(), 0))",
         f"{_MEMORY}::test_a_cache_runs_out_of_memory[reset]",
+    ),
+    Guard(
+        "steps of the reference are split once",
+        "seqcore/reference/recurrence.py",
+        "advance(cell, x_gates[t], h_in",
+        "advance(cell, torch.cat(x_gates)[steps.rows(t)], h_in",
+        "test_linear_work.py::test_recurrences[lstm-padded]",
+    ),
+    Guard(
+        "so are packed sequences",
+        "seqcore/reference/packed.py",
+        "    return tensor.split([*sizes, tensor.shape[dim] - ends[-1]], dim)[:-1]\n",
+        "    return [tensor.narrow(dim, begin, end - begin) for begin, end in pairwise(ends)]\n",
+        "test_linear_work.py::test_packed_attention[None]",
     ),
 ]
