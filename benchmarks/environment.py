@@ -95,12 +95,13 @@ def version(package: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` where files differ from it; None outside a git checkout."""
+def commit(*aside: str) -> str | None:
+    """The checkout's commit, with ``-dirty`` where files but those ``aside`` differ; None outside a git checkout."""
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
     if head is None:
         return None
-    return head + ("-dirty" if _git("status", "--porcelain") else "")
+    changed = _git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in aside))
+    return head + ("-dirty" if changed else "")
 
 
 def _git(*arguments: str) -> str | None:

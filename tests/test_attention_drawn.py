@@ -157,18 +157,17 @@ def plain_calls(draw):
     plain = [None, *PLAIN_LAYOUTS]
     return {
         "m": m, "n": n, "d": draw(st.sampled_from([1, 5, 8, 33, 256, 257])), "dv": draw(st.sampled_from([1, 7, 16])),
-        "lead": lead, "layout": draw(st.tuples(st.sampled_from([*plain, *EQUAL_ROWS]), *[st.sampled_from(plain)] * 2)),
+        "lead": lead, "layout": draw(st.tuples(*[st.sampled_from(plain)] * 3)),
         "mask": draw(st.sampled_from([None, bool_mask, additive_mask])), "mask shape": mask[draw(st.integers(0, 2)) :],
         "causal": draw(st.booleans()), "scale": draw(scales), "seed": draw(st.integers(0, 2**32)),
         "dtype": draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
     }  # fmt: skip
 
 
+# No rows of stride 0, whose errors are all the same, too few for the budget: test_attention_inputs.py has those.
 PLAIN_LAYOUTS = {name: LAYOUTS[name] for name in LAYOUTS if name != "batch of stride 0" and "heads" not in name} | {
     "offset by one": lambda t: torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape),
 }
-# Of queries alone: between keys or values that are all the same, gradients are 0, and what is found is rounding.
-EQUAL_ROWS = {"rows of stride 0": lambda t: t[..., :1, :].expand(t.shape)}
 
 
 def judge_plain(call, seed, backend):
@@ -177,7 +176,7 @@ def judge_plain(call, seed, backend):
     inputs = [
         torch.randn(*lead, *shape, dtype=call["dtype"]) for lead, shape in zip(call["lead"], shapes, strict=True)
     ]
-    layouts = {None: lambda t: t} | PLAIN_LAYOUTS | EQUAL_ROWS
+    layouts = {None: lambda t: t} | PLAIN_LAYOUTS
     inputs = [layouts[layout](t) for layout, t in zip(call["layout"], inputs, strict=True)]
     options = {"causal": "top_left" if call["causal"] else None, "scale": call["scale"]}
     if call["mask"] is not None:

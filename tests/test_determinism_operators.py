@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqcore
 from seqcore import Device, functional, nn
+from seqcore.reference import packed as reference_packed
 from seqcore.testing.launches import noted_for
 
 from .determinism_problems import of, problems
@@ -115,6 +116,15 @@ def test_references_call_nothing_that_raises_in_deterministic_mode(case):
     with Watch(RAISES) as watch:
         of(case, "reference")
     assert not watch.wrong and len(watch.called) > 5
+
+
+def test_packed_references_call_none_where_ends_cannot_be_looked_at(monkeypatch):
+    """As on a GPU: all sequences are one product."""
+    monkeypatch.setattr(reference_packed, "readable", lambda _: False)
+    cases = [case for case in problems() if "packed=True causal" in case.name]
+    for case in cases:
+        test_references_call_nothing_that_raises_in_deterministic_mode(case)
+    assert cases
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.trust", description=__doc__)
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"some of {', '.join(TITLES)}; all by default")
     parser.add_argument("--only", choices=("promises", "mutants", "table"), help="one of the three parts")
-    parser.add_argument("--rest", action="store_true", help="only what has not held yet, as it stands")
+    parser.add_argument("--rest", action="store_true", help="only what has not held yet with these sources")
     parser.add_argument("--jobs", type=int, default=cores(), help="processes at the same time (default: %(default)s)")
     options = parser.parse_args(arguments)
     if unknown := set(options.subjects) - TITLES.keys():

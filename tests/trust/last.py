@@ -1,4 +1,4 @@
-"""What came out when promises and mutants were last tried, in last.json."""
+"""What came out when promises and mutants were last tried, in results/last.json."""
 
 import functools
 import hashlib
@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import commit, cpu_name, version
+from benchmarks.environment import commit, cpu_name, source_hash, version
 from seqcore.files import write_whole
 
 from .kinds import Guard, Promise
@@ -17,7 +17,8 @@ from .mutating import Verdict
 from .running import Outcome, of_promise
 from .subjects import subjects
 
-FILE = Path(__file__).with_name("last.json")
+# In a folder of this name: no hash of sources hangs on it.
+FILE = Path(__file__).with_name("results") / "last.json"
 
 
 def read() -> dict[str, Any]:
@@ -32,10 +33,17 @@ def read() -> dict[str, Any]:
 
 
 def held() -> frozenset[str]:
-    """The words of promises that held and of guards whose mutants were killed, of those that are as they were then."""
-    found = read()
-    promises = (words for words, kept in found["promises"].items() if kept["passed"] and not kept["failed"])
-    return frozenset(promises) | {words for words, kept in found["guards"].items() if kept["mutant"] == "killed"}
+    """The words of promises that held and of guards whose mutants were killed, with all sources as they are today."""
+    return frozenset(
+        words
+        for of in read().values()
+        for words, kept in of.items()
+        if kept.get("sources") == where()["sources"] and _is_good(kept)
+    )
+
+
+def _is_good(kept: dict[str, Any]) -> bool:
+    return kept["mutant"] == "killed" if "mutant" in kept else kept["passed"] > 0 == kept["failed"]
 
 
 def _hash(thing: Promise | Guard) -> str:
@@ -50,10 +58,12 @@ def write(found: dict[str, Any]) -> None:
 @functools.cache
 def where() -> dict[str, Any]:
     """The day, the commit and the machine, as they are before anything is written."""
-    head, changed, _ = (commit() or "unknown").partition("-")
+    # A night writes these two, subject by subject.
+    head, changed, _ = (commit("tests/trust/results", "docs/trust.md") or "unknown").partition("-")
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": head[:10] + (" with changes" if changed else ""),
+        "sources": source_hash(),
         "on": f"{cpu_name()}, torch {version('torch')}, triton {version('triton')}",
     }
 

@@ -16,7 +16,9 @@ from .running import EVERY_TEST_COUNTS, FAILED, PASSED, environment, pytest_comm
 from .subjects import ROOT
 
 LIMIT_SECONDS = 600
-NOT_SOURCES = (".*", "build", "dist", "study", "__pycache__", "*.egg-info")
+NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+# At the top alone: benchmarks/study is a package.
+RESULTS = {"build", "dist", "study"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Copy:
 
     def __init__(self, folder: Path):
         self.checkout, self.path = folder / "checkout", folder / "path"
-        shutil.copytree(ROOT, self.checkout, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+        shutil.copytree(ROOT, self.checkout, ignore=_left_out)
         # As if installed: the package, with the kernels in it.
         (self.path / "seqcore").mkdir(parents=True)
         for entry in (*(self.checkout / "seqcore").iterdir(), self.checkout / "kernels"):
@@ -65,6 +67,10 @@ class Copy:
             return subprocess.call(command, cwd=self.checkout, env=variables, timeout=LIMIT_SECONDS, **quiet)
         except subprocess.TimeoutExpired:
             return None
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    return NOT_SOURCES(folder, names) | (RESULTS if Path(folder) == ROOT else set())
 
 
 def mutant(guard: Guard, whole: str) -> str:
