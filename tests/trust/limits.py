@@ -9,7 +9,8 @@ PROMISES = [
     Promise(
         "Tensors of attention may have more than 2^31 elements, along each of their dimensions.",
         "Interpreted programs at the far end of outputs, statistics, parts, masks and their gradients of billions of "
-        "elements, whose memory nobody touches, give the bits of a small problem; and so with each input's strides.",
+        "elements, whose memory nobody touches, give the bits of a small problem; and so with each input's strides. On "
+        "a GPU, real ones: the last sequence of many.",
         (
             f"{_ATTENTION}::test_attention",
             f"{_ATTENTION}::test_packed_attention",
@@ -17,17 +18,20 @@ PROMISES = [
             f"{_ATTENTION}::test_strides",
             "test_attention_memory.py::test_offsets_beyond_31_bits_in_a_mask",
             "test_attention_memory.py::test_offsets_beyond_31_bits_in_keys",
+            f"{_GPU}::test_attention_of_more_elements_than_32_bits_count",
         ),
     ),
     Promise(
         "So may those of recurrences: inputs, states, what is kept for backward, and weights.",
-        "Launches for the last sequences of a batch of more than 2^30, and tiles of weights at their far end.",
+        "Launches for the last sequences of a batch of more than 2^30, and tiles of weights at their far end; on a "
+        "GPU, the last sequences of many.",
         (
             f"{_RECURRENCE}::test_sequences",
             f"{_RECURRENCE}::test_single_steps",
             f"{_RECURRENCE}::test_pointwise_steps",
             f"{_RECURRENCE}::test_weights",
             f"{_RECURRENCE}::test_exchange",
+            f"{_GPU}::test_recurrence_of_more_elements_than_32_bits_count",
         ),
     ),
     Promise(
