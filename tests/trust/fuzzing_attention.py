@@ -41,6 +41,11 @@ PROMISES = [
         (DRAWN_ATTENTION,),
     ),
     Promise(
+        "So does MultiheadAttention, whatever flags, forms of input and masks come together.",
+        "Hypothesis draws modules and calls; outputs and all gradients are torch's, in float64.",
+        ("test_multihead_drawn.py",),
+    ),
+    Promise(
         "Arguments that make no sense are refused with InvalidInput or UnsupportedInput, in words that say what was "
         "given, or, by the module, as torch's module refuses them; what attention's functions take, they answer as "
         "the reference answers it.",
@@ -86,6 +91,13 @@ LENGTHS = f"{INPUTS}::test_nothing_behind_lengths_reaches_anything"
 PACKED = f"{INPUTS}::test_packed_sequences_never_meet"
 
 GUARDS = [
+    Guard(
+        "what either mask forbids is forbidden",
+        "seqcore/nn/attention.py",
+        "~(masks[0] | masks[1])",
+        "~masks[0]",
+        "test_multihead_drawn.py::test_whatever_is_asked",
+    ),
     Guard(
         "flags of attention are True or False",
         "seqcore/functional/attention_checks.py",
