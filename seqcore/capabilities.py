@@ -25,7 +25,7 @@ TRITON_FEATURES = {
     "attention": {
         "causal top_left", "causal lower_right", "mask", "mask with causal", "mask with gradient", "grouped heads",
         "log-sum-exp", "weights", "dropout", "dropout_seed", "window", "alibi_slopes", "sinks", "query_lengths",
-        "key_lengths", "cu_seqlens_q", "softcap", "scale that is not positive", "float32 mask beside half queries",
+        "key_lengths", "cu_seqlens_q", "softcap", "scale that is not positive", "mask of another dtype than queries",
     },
 }
 ATEN_FEATURES = {

@@ -63,6 +63,13 @@ def _differentiable(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
+def _narrow(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float8_e5m2) if tensor.is_floating_point() else tensor
+
+
+# What may come over all tensors of a call at once, as when a model is cast.
+CHANGES = (_sparse, _nested, _narrow, Tensor.double, Tensor.half, partial(Tensor.to, device="meta"))
+
 VIEWS = (
     lambda t: t, lambda t: t, lambda t: t, lambda t: t.mT if t.dim() > 1 else t, lambda t: t[None],
     lambda t: t[..., :1] if t.dim() else t, lambda t: t.unsqueeze(-1), lambda t: t.flatten(), lambda t: t[..., None, :]
@@ -79,6 +86,7 @@ def others(value: Any) -> st.SearchStrategy:
             value.double(), value.half(), value.bool(), value.long(), value.int(), value.to(torch.complex64),
             value.to("meta"), value.float() * math.nan, value + 1, -value if value.dtype != torch.bool else ~value,
             value.expand(2, *value.shape), value.flatten(), value.tolist(), value.float(), value.clone(),
+            *(change(value) for change in CHANGES[:3]),
         ]  # fmt: skip
         choices += [st.sampled_from(nearly)] * 3
     return st.one_of(choices)
@@ -86,9 +94,15 @@ def others(value: Any) -> st.SearchStrategy:
 
 @st.composite
 def replaced(draw: Callable, valid: dict[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The arguments of a valid call, one or two of them, or of ``optional`` ones, replaced."""
+    """The arguments of a valid call, one or two of them, or of ``optional`` ones, replaced; or all tensors changed."""
+    if draw(st.integers(0, 5)) == 5:
+        return _changed(valid, draw(st.sampled_from(CHANGES)))
     names = draw(st.lists(st.sampled_from((*valid, *optional)), min_size=1, max_size=2, unique=True))
     return valid | {name: draw(others(valid.get(name)).filter(partial(_is_known, name))) for name in names}
+
+
+def _changed(valid: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {name: change(value) if isinstance(value, Tensor) else value for name, value in valid.items()}
 
 
 def _is_known(name: str, value: Any) -> bool:
@@ -97,7 +111,10 @@ def _is_known(name: str, value: Any) -> bool:
 
 
 def each_replaced(valid: dict[str, Any], optional: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """The arguments of a valid call, each of them and of ``optional`` ones replaced by each plain value in turn."""
+    """The arguments of a valid call, all tensors changed; each, and each ``optional`` one, by each plain value."""
+    for change in CHANGES:
+        tried()
+        yield _changed(valid, change)
     for name in (*valid, *optional):
         for value in filter(partial(_is_known, name), PLAIN):
             tried()

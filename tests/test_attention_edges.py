@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from seqcore import InvalidInput, explain, functional
+from seqcore import InvalidInput, UnsupportedInput, explain, functional, replace_sdpa
 from seqcore.kernels import tuning
 from seqcore.kernels.tuning import Device
+from seqcore.nn import MultiheadAttention
 from seqcore.ops import attention as ops
 from seqcore.ops.attention_arguments import Arguments
 
@@ -116,3 +118,67 @@ def test_of_nothing_leading_dimensions_broadcast_too(m, n, width, lead):
         out = functional.attention(*inputs, backend=backend)
         assert out.shape == (3, 2, m, width) and not out.any()
         assert tuple(t.shape for t in torch.autograd.grad(out.sum(), inputs)) == shapes
+
+
+@pytest.fixture(params=["causal_upper_left", "causal_lower_right"])
+def causal_bias(request):
+    # Not imported above: it brings torch's compiler with it.
+    from torch.nn.attention import bias
+
+    return getattr(bias, request.param)
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs:UserWarning")
+@pytest.mark.parametrize("m, n", [(3, 5), (5, 5), (5, 3)])
+def test_a_causal_bias_is_what_it_stands_for(causal_bias, m, n):
+    """Its elements are whatever was in its memory."""
+    query, key, value = qkv(2, 2, M=m, N=n, **DOUBLE)
+    bias = causal_bias(m, n)
+    expected = F.scaled_dot_product_attention(query, key, value, bias._materialize())
+    for backend in ("auto", "reference"):
+        out = functional.attention(query, key, value, attn_mask=bias, backend=backend)
+        same = functional.scaled_dot_product_attention(query, key, value, bias, backend=backend)
+        with replace_sdpa(backend):
+            replaced = F.scaled_dot_product_attention(query, key, value, bias)
+        for found in (out, same, replaced):
+            assert type(found) is torch.Tensor
+            torch.testing.assert_close(found, expected)
+
+
+def test_torchs_own_operator_takes_a_causal_bias_as_causality(causal_bias):
+    query, key, value = qkv(2, 2, M=3, N=5)
+    if causal_bias.__name__ == "causal_lower_right":
+        with pytest.raises(UnsupportedInput, match="no causal lower_right"):
+            functional.attention(query, key, value, attn_mask=causal_bias(3, 5), backend="aten")
+    else:
+        out = functional.attention(query, key, value, attn_mask=causal_bias(3, 5), backend="aten")
+        assert torch.equal(out, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+@pytest.mark.kernels
+def test_kernels_take_a_causal_bias_as_causality(causal_bias, device):
+    inputs, causal = qkv(1, 2, M=9, N=11, device=device), causal_bias.__name__.removeprefix("causal_")
+    found = functional.attention(*inputs, attn_mask=causal_bias(9, 11), backend="triton")
+    causal = causal.replace("upper", "top")
+    assert torch.equal(found, functional.attention(*inputs, causal=causal, backend="triton"))
+
+
+@pytest.mark.parametrize(
+    "size, options, said",
+    [
+        ((5, 6), {}, "of 5 queries and 7 keys, got 5 and 6"),
+        ((5, 7), {"causal": "top_left"}, "goes with no causal"),
+        ((5, 7), {"window": (1, 1)}, "goes with no causal, window"),
+        ((5, 7), {"key_lengths": torch.tensor([3])}, "pass causal= instead"),
+    ],
+    ids=["size", "causal", "window", "lengths"],
+)
+def test_a_causal_bias_that_says_something_else_is_refused(causal_bias, size, options, said):
+    with pytest.raises(InvalidInput, match=said):
+        functional.attention(*qkv(1, 2), attn_mask=causal_bias(*size), **options)
+
+
+def test_the_module_refuses_a_causal_bias(causal_bias):
+    x = torch.randn(5, 1, 6)
+    with pytest.raises(InvalidInput, match="attn_mask must be a Tensor that holds a mask, got torch's CausalBias"):
+        MultiheadAttention(6, 2, backend="reference")(x, x, x, attn_mask=causal_bias(5, 5))

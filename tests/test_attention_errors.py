@@ -28,6 +28,10 @@ TENSORS = {
     "None": ({"key": None}, "key must be a Tensor, got NoneType"),
     "rank": ({"value": (N,)}, r"value must be at least 2-D, \[\*, rows, head dim\], got \[7\]"),
     "integers": ({"query": torch.ones(M, D, dtype=torch.int64)}, "query must be floating point, got torch.int64"),
+    "float8": (
+        dict.fromkeys(("query", "key", "value"), torch.ones(M, D).to(torch.float8_e4m3fn)),
+        "query must be floating point, got torch.float8_e4m3fn; float32",
+    ),
     "head dims": ({"key": (B, H, N, D + 1)}, "query and key need the same positive head dim, got 6 and 7"),
     "no head dim": ({"query": (B, H, M, 0), "key": (B, H, N, 0)}, "the same positive head dim, got 0 and 0"),
     "rows": ({"value": (B, H, N + 1, D)}, "key and value need the same number of rows, got 7 and 8"),
@@ -167,6 +171,22 @@ MODULE = {
     "mask shape": ({"attn_mask": torch.zeros(M, M)}, r"attn_mask must be \[5, 7\] or \[8, 5, 7\], got \[5, 5\]"),
     "mask batch": ({"attn_mask": torch.zeros(B, M, N)}, r"attn_mask must be \[5, 7\] or \[8, 5, 7\], got \[2, 5, 7\]"),
     "mask dtype": ({"attn_mask": torch.zeros(M, N, dtype=torch.int8)}, "bool or floating point, got torch.int8"),
+    "mask of float8": (
+        {"attn_mask": torch.zeros(M, N).to(torch.float8_e5m2)}, "bool or floating point, got torch.float8_e5m2",
+    ),
+    "nested mask": (
+        {"attn_mask": torch.nested.nested_tensor([torch.zeros(N)], layout=torch.jagged)}, "a dense .*got a nested one",
+    ),
+    "sparse mask": ({"attn_mask": torch.zeros(M, N).to_sparse()}, "attn_mask must be a dense .*got a sparse_coo one"),
+    "nested": (
+        {"query": torch.nested.nested_tensor([torch.zeros(B, E)], layout=torch.jagged)},
+        "query must be a dense Tensor, got a nested one; .*use_nested_tensor",
+    ),
+    "sparse": (
+        {name: torch.zeros(shape).to_sparse() for name, shape in ROWS.items()},
+        "query must be a dense Tensor, got a sparse_coo one",
+    ),
+    "integers": ({"query": torch.ones(M, B, E).long()}, "query must be floating point, got torch.int64"),
     "mask list": ({"attn_mask": [[True]]}, "attn_mask must be a Tensor or None, got list"),
     "padding shape": ({"key_padding_mask": torch.zeros(N, B)}, r"key_padding_mask must be \[2, 7\], got \[7, 2\]"),
     "is_causal": ({"is_causal": True}, "is_causal is a hint about attn_mask, got attn_mask=None"),

@@ -44,8 +44,11 @@ ATTENTION = {
 
 def ordinary(given: dict) -> bool:
     """Whether these arguments make numbers of ordinary size that are the same in each call, and no others."""
-    values = [t for t in given.values() if isinstance(t, Tensor) and t.is_floating_point() and not t.isneginf().all()]
-    plain = all(not t.is_meta and bool((t.abs() < 1e3).logical_or(t.isneginf()).all()) for t in values)
+    tensors = [t for t in given.values() if isinstance(t, Tensor) and t.is_floating_point()]
+    if any(t.is_meta for t in tensors):
+        return False
+    values = [t for t in tensors if not t.isneginf().all()]
+    plain = all(bool((t.abs() < 1e3).logical_or(t.isneginf()).all()) for t in values)
     seeded = not given.get("dropout_p") or given.get("dropout_seed") is not None
     scale = given.get("scale")
     return plain and seeded and (scale is None or abs(scale) < 1e3) and given["query"].dtype == torch.float32

@@ -330,6 +330,11 @@ WRONG = {
     "tokens": (lambda c: c.update(K, V[:, :, :1]), "same number of tokens, got 2 and 1"),
     "dtype": (lambda c: c.update(K.half(), V), "key must be torch.float64 on cpu .* got torch.float16 .* that dtype"),
     "device": (lambda c: c.update(K, V.to("meta")), "value must be .* on cpu .* got torch.float64 on meta"),
+    "sparse": (lambda c: c.update(K.to_sparse(), V), "key must be a dense Tensor, got a sparse_coo one"),
+    "sparse lengths": (
+        lambda c: c.update(K, V, torch.ones(B).long().to_sparse()),
+        "lengths must be a dense Tensor, got a sparse_coo one",
+    ),
     "lengths as list": (lambda c: c.update(K, V, [1, 2, 2]), "lengths must be a Tensor of integers, got list"),
     "float lengths": (
         lambda c: c.update(K, V, torch.ones(B)),

@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
+from seqcore import UnsupportedInput, explain, functional
 from seqcore.testing.budget import assert_within_budget
 
+from .attention_twins import doubled, qkv
 from .comparisons import cotangents
 from .every_module import EVERY, given, outputs, twin
 from .recurrence_twins import ours, tensors
@@ -78,6 +81,58 @@ def test_compiled_modules_compute_in_the_lower_precision():
         compiled = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
         assert {t.dtype for t in tensors(compiled)} == {torch.bfloat16}
         assert {t.dtype for t in tensors(module(x))} == {torch.float32}
+
+
+# --- masks, which are not narrowed ---------------------------------------------------------------------------------
+
+
+def wide_mask(dtype=torch.float32):
+    """What float16 cannot hold, and scores whose differences bfloat16 loses."""
+    mask = -300 - 3 * torch.rand(33, 17)
+    mask[1, 2] = 1e6
+    return mask.to(dtype)
+
+
+def check_mask(half, mask, backend, dtype=torch.float32):
+    """As exact as torch on the CPU without autocast, which reads a float32 mask beside half queries as it is."""
+    inputs = qkv(2, 2, M=33, N=17, D=16, dtype=dtype)
+    with torch.autocast("cpu", half):
+        found = functional.attention(*inputs, attn_mask=mask, backend=backend)
+    lower = [t if dtype == torch.float64 else t.to(half) for t in inputs]
+    exact = F.scaled_dot_product_attention(*map(doubled, lower), doubled(mask))
+    assert found.dtype == lower[0].dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, exact)
+    else:
+        assert_within_budget(found, exact, F.scaled_dot_product_attention(*lower, mask.float()))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_leaves_a_mask_as_it_is(half, backend):
+    """Autocast narrows it inside of torch's own operator."""
+    check_mask(half, wide_mask(), backend)
+
+
+def test_autocast_leaves_the_operators_mask_as_it_is(half, by_the_operators):
+    check_mask(half, wide_mask(), None)
+
+
+@pytest.mark.parametrize("mask", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_of_float64_beside_a_narrower_mask(half, mask):
+    check_mask(half, wide_mask(mask), "auto", torch.float64)
+
+
+@pytest.mark.parametrize("mask", [torch.float64, torch.bfloat16], ids=str)
+def test_autocast_beside_a_mask_of_another_dtype(half, mask):
+    check_mask(half, wide_mask(mask), "auto")
+
+
+def test_why_torchs_operator_does_not_serve_a_mask_under_autocast(half):
+    inputs = qkv(1, 2)
+    with torch.autocast("cpu", half):
+        assert explain(functional.attention, *inputs, attn_mask=torch.zeros(5, 7, dtype=half))[0].chosen == "aten"
+        with pytest.raises(UnsupportedInput, match="torch's attention has no mask of another dtype than queries"):
+            functional.attention(*inputs, attn_mask=torch.zeros(5, 7), backend="aten")
 
 
 # --- training with a scaler ----------------------------------------------------------------------------------------

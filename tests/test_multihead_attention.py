@@ -10,6 +10,7 @@ from torch import nn
 import seqcore
 from seqcore.testing.budget import assert_within_budget
 
+from .attention_twins import doubled
 from .comparisons import assert_within
 from .transformer_twins import (
     HEADS,
@@ -296,3 +297,40 @@ def test_a_mask_takes_gradients(backend):
         for module in (swapped(theirs, backend), theirs)
     )
     torch.testing.assert_close(actual, expected)
+
+
+def wide_mask(*shape):
+    """Of float32, in which scores so far below zero keep their differences, and with numbers that float16 has not."""
+    mask = additive(*shape) - 300
+    mask[3, 2] = 1e6
+    return mask
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
+@pytest.mark.parametrize("padding", [None, torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", [WEIGHTS["no weights"], WEIGHTS["averaged"]], ids=["no weights", "averaged"])
+@pytest.mark.parametrize("backend", OURS)
+def test_a_float32_mask_of_a_half_module_stays_float32(backend, weights, half, padding):
+    """Pytorch issue 191612, in a module. Torch's own returns no weights here: it raises."""
+    theirs = torch_module().to(half)
+    given, mask = [t.to(half) for t in inputs(theirs)], wide_mask(M, N)
+    keywords = {"attn_mask": mask}
+    if padding is not None:
+        forbidden = may_not(B, N)
+        keywords["key_padding_mask"] = forbidden if padding == torch.bool else forbidden * -1e6
+    alone, doubles = {"weigh": ("out",), "need_weights": False}, {k: doubled(v) for k, v in keywords.items()}
+    actual = results(swapped(theirs, backend), given, **keywords, weigh=("out",), **weights)
+    eager = results(theirs, given, **keywords, **alone)
+    exact = results(copy.deepcopy(theirs).double(), [t.double() for t in given], **doubles, **alone)
+    actual.pop("weights", None)
+    assert_within(actual, exact, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", OURS)
+def test_a_mask_of_any_dtype_is_taken_for_its_numbers(backend, dtype):
+    module = swapped(torch_module(), backend)
+    given, mask = inputs(module), additive(M, N).to(dtype)
+    found, expected = (results(module, given, attn_mask=m) for m in (mask, mask.float()))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

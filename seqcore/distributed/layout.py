@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InvalidInput
-from ..functional.arguments import shown
+from ..functional.arguments import check_floating, shown
 from ..functional.sharded import sharded
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -59,6 +59,8 @@ def check_plain(name: str, *tensors: Tensor) -> None:
 def check_parts(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise for what is no process's part of attention's queries, keys and values."""
     check_plain(name, query, key, value)
+    for what, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, what, tensor)
     if any(t.dim() != 4 for t in (query, key, value)):
         shapes = [list(t.shape) for t in (query, key, value)]
         raise InvalidInput(f"{name}: query, key and value must be [B, heads, rows, width], got {shapes}")
@@ -114,7 +116,11 @@ def gather_sequence(tensor: Tensor, dim: int, group: Group = None, layout: str =
     group = group_of(group)
     ranks = dist.get_world_size(group)
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(ranks)]
-    dist.all_gather(parts, tensor.detach().contiguous(), group)
+    sent, received = tensor.detach().contiguous(), parts
+    if tensor.itemsize == 1:
+        # Not every backend knows float8; bytes all of them do.
+        sent, *received = (t.view(torch.uint8) for t in (sent, *parts))
+    dist.all_gather(received, sent, group)
     pieces = {}
     for rank, part in enumerate(parts):
         numbers = _chunks(rank, ranks, layout)

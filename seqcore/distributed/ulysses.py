@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import functional
 from ..errors import InvalidInput
 from ..functional.arguments import is_number
+from ..functional.attention_checks import is_causal_bias
 from ..functional.autocast import cast
 from .layout import Group, check_parts, group_of
 
@@ -79,7 +80,7 @@ def _of_heads(options: dict[str, Any], heads: int, rank: int, ranks: int) -> dic
                 )
             found[name] = vector[mine]
     mask, seed = options.get("attn_mask"), options.get("dropout_seed")
-    if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] == heads > 1:
+    if isinstance(mask, Tensor) and not is_causal_bias(mask) and mask.dim() > 2 and mask.shape[-3] == heads > 1:
         found["attn_mask"] = mask[..., mine, :, :]
     # What is no seed functional.attention refuses.
     if type(seed) is int or (isinstance(seed, Tensor) and seed.dtype == torch.int64):

@@ -108,3 +108,14 @@ def check_strided(name: str, what: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise InvalidInput(f"{name}: {what} must be a dense Tensor, got a {kind} one; pass .to_dense(), or pad it")
+
+
+def check_floating(name: str, what: str, value: Any) -> None:
+    """Raise InvalidInput for what is no dense Tensor of a floating-point dtype that is computed in; float8 is none."""
+    if not isinstance(value, Tensor):
+        raise InvalidInput(f"{name}: {what} must be a Tensor, got {type(value).__name__}")
+    check_strided(name, what, value)
+    if value.dtype not in FLOATS:
+        raise InvalidInput(
+            f"{name}: {what} must be floating point, got {value.dtype}; float32, float16, bfloat16 or float64"
+        )

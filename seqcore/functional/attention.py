@@ -16,7 +16,7 @@ from ..capabilities import Request, transforms_active
 from ..reference import packed as reference
 from .arguments import check_flags
 from .attention_checks import Problem, check_attention
-from .autocast import cast, target_dtype
+from .autocast import autocasting, cast, target_dtype
 from .sharded import sharded
 
 
@@ -38,7 +38,8 @@ def scaled_dot_product_attention(
         query: [*, M, D], leading dimensions broadcasting with key's and value's; [*, H, M, D] with ``enable_gqa``.
         key, value: [*, N, D] and [*, N, DV]; with ``enable_gqa`` H may be a multiple of their H_kv.
         attn_mask: broadcasts to [*, M, N]; bool (True may attend), or added to the scores, in the query's dtype or
-            float32.
+            float32, which stays float32 under autocast too. torch's ``CausalBias`` is taken for the ``causal`` that it
+            stands for.
         dropout_p: probability, applied whenever it is not 0, as in torch.
         is_causal: query m sees keys n <= m (top-left aligned). Not together with ``attn_mask``, as in torch.
         scale: D ** -0.5 by default.
@@ -139,8 +140,9 @@ def attention(
             # Of nothing torch makes an out of the query's leading dimensions, not of the broadcast ones.
             query = query.expand(*problem.lead, *query.shape[-2:])
         return F.scaled_dot_product_attention(
-            query, key, value, problem.mask, dropout_p, causal is not None, scale=problem.scale, enable_gqa=enable_gqa
-        )
+            query, key, value, problem.mask, dropout_p, problem.causal is not None, scale=problem.scale,
+            enable_gqa=enable_gqa,
+        )  # fmt: skip
     if problem.options["dropout_p"] and problem.options["dropout_seed"] is None:
         if request.sharded:
             raise backends.InvalidInput(
@@ -175,17 +177,14 @@ def check_operator(
 
 
 def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> Request:
-    mask, slopes = problem.mask, problem.options["alibi_slopes"]
+    mask, slopes, dtype = problem.mask, problem.options["alibi_slopes"], target_dtype(problem.query)
     features = {
         "causal top_left": problem.causal == "top_left",
         "causal lower_right": problem.causal == "lower_right",
         "mask": mask is not None,
         "mask with causal": mask is not None and problem.causal is not None,
         "scale that is not positive": problem.scale <= 0,
-        # torch's kernels have read it as if it were half (pytorch issue 191612).
-        "float32 mask beside half queries": (
-            mask is not None and mask.is_cuda and mask.dtype == torch.float32 and problem.query.itemsize == 2
-        ),
+        "mask of another dtype than queries": mask is not None and _misread(mask, dtype),
         "mask with gradient": mask is not None and mask.requires_grad and torch.is_grad_enabled(),
         "grouped heads": problem.grouped,
         "log-sum-exp": return_lse,
@@ -201,12 +200,23 @@ def _request(problem: Problem, return_lse: bool, return_weights: str | None) -> 
         family="attention",
         operation="attention",
         device=devices.describe(problem.query.device),
-        dtype=target_dtype(problem.query),
+        dtype=dtype,
         features=tuple(name for name, present in features.items() if present),
         head_dim=max(problem.query.shape[-1], problem.value.shape[-1]),
         transformed=transforms_active(),
         sharded=sharded(problem.query, problem.key, problem.value, mask, slopes, problem.options["sinks"]),
     )
+
+
+def _misread(mask: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's attention misreads ``mask`` beside queries that are computed in ``dtype``, or raises.
+
+    Autocast narrows a mask as it does queries, each by itself, and no float64; torch's kernels have read float32 as if
+    it were half (pytorch issue 191612).
+    """
+    if mask.dtype in (torch.bool, dtype):
+        return False
+    return autocasting(mask.device.type) or (mask.is_cuda and dtype.itemsize == 2)
 
 
 def _reference(problem: Problem, return_weights: str | None) -> tuple[Tensor, Tensor, Tensor | None]:

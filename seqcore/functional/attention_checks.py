@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from ..reference.sizes import readable
-from .arguments import LARGEST, check_flags, check_strided, is_number, is_probability, is_size
+from .arguments import FLOATS, LARGEST, check_flags, check_floating, check_strided, is_number, is_probability, is_size
 from .autocast import autocasting, target_dtype
 
 NAME = "attention"
@@ -70,6 +70,14 @@ def check_attention(
         raise InvalidInput(f"{NAME}: softcap must be positive and within float32, or 0 for none, got {softcap!r}")
     if return_weights not in (None, "average", "per_head"):
         raise InvalidInput(f"{NAME}: return_weights must be None, 'average' or 'per_head', got {return_weights!r}")
+    if is_causal_bias(attn_mask):
+        positional = (causal, window, alibi_slopes, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k)
+        if any(given is not None for given in positional):
+            raise InvalidInput(
+                f"{NAME}: attn_mask of torch's CausalBias goes with no causal, window, alibi_slopes, lengths and "
+                "cu_seqlens, got one that does; pass causal= instead"
+            )
+        attn_mask, causal = None, _causality(attn_mask, M, N)
     _check_mask(attn_mask, query, (*lead, M, N))
     # torch's operator wants both dimensions spelt out.
     attn_mask = None if attn_mask is None else torch.atleast_2d(attn_mask)
@@ -108,19 +116,14 @@ def check_attention(
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     named = {"query": query, "key": key, "value": value}
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise InvalidInput(f"{NAME}: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.is_nested:
+        if isinstance(tensor, Tensor) and tensor.is_nested:
             raise InvalidInput(
                 f"{NAME}: {name} must be a dense tensor, got a nested one; pass padded tensors and key_lengths, or "
                 "sequences end to end and cu_seqlens"
             )
-        if tensor.layout != torch.strided:
-            raise InvalidInput(f"{NAME}: {name} must be a dense tensor, got {tensor.layout}; pass its to_dense()")
+        check_floating(NAME, name, tensor)
         if tensor.dim() < 2:
             raise InvalidInput(f"{NAME}: {name} must be at least 2-D, [*, rows, head dim], got {list(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise InvalidInput(f"{NAME}: {name} must be floating point, got {tensor.dtype}")
     alike = {
         "device": query.device == key.device == value.device,
         "dtype": target_dtype(query) == target_dtype(key) == target_dtype(value),
@@ -165,6 +168,22 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
     return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
 
 
+def is_causal_bias(mask: Any) -> bool:
+    """Whether ``mask`` is torch's ``CausalBias``, whose elements nobody has written: what counts is its kind."""
+    # Told by where its class is defined, which is not imported for this: it brings torch's compiler with it.
+    return isinstance(mask, Tensor) and type(mask).__module__ == "torch.nn.attention.bias"
+
+
+def _causality(bias: Any, M: int, N: int) -> str:
+    """What a ``CausalBias`` is to ``causal``."""
+    if (bias.seq_len_q, bias.seq_len_kv) != (M, N):
+        raise InvalidInput(
+            f"{NAME}: attn_mask of torch's CausalBias must be of {M} queries and {N} keys, got {bias.seq_len_q} and "
+            f"{bias.seq_len_kv}"
+        )
+    return "top_left" if bias.variant.name == "UPPER_LEFT" else "lower_right"
+
+
 def _check_mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> None:
     if mask is None:
         return
@@ -172,7 +191,7 @@ def _check_mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> N
         raise InvalidInput(f"{NAME}: attn_mask must be a Tensor or None, got {type(mask).__name__}")
     check_strided(NAME, "attn_mask", mask)
     allowed = (torch.bool, query.dtype, torch.float32)
-    if mask.dtype not in allowed and not (mask.is_floating_point() and autocasting(query.device.type)):
+    if mask.dtype not in allowed and not (mask.dtype in FLOATS and autocasting(query.device.type)):
         raise InvalidInput(
             f"{NAME}: attn_mask must be bool, {query.dtype} like the query, or float32, got {mask.dtype}"
         )
@@ -215,7 +234,7 @@ def _check_vector(name: str, vector: Tensor, size: int, query: Tensor, floating:
         got = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise InvalidInput(f"{NAME}: {name} must be a Tensor of shape [{size}], got {got}")
     check_strided(NAME, name, vector)
-    if not (vector.is_floating_point() if floating else vector.dtype in (torch.int32, torch.int64)):
+    if vector.dtype not in (FLOATS if floating else (torch.int32, torch.int64)):
         raise InvalidInput(
             f"{NAME}: {name} must be {'floating point' if floating else 'int32 or int64'}, got {vector.dtype}"
         )

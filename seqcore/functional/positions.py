@@ -6,7 +6,16 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..reference.recurrence import wide
 from ..reference.sizes import is_among
-from .arguments import check_base, check_factory, check_flags, check_sizes, check_strided, is_size, shown
+from .arguments import (
+    check_base,
+    check_factory,
+    check_flags,
+    check_floating,
+    check_sizes,
+    check_strided,
+    is_size,
+    shown,
+)
 
 
 def sinusoidal_positions(
@@ -127,9 +136,9 @@ def check_progression(name: str, what: str, width: int, base: float) -> None:
 def _check_rotary(x: Tensor, positions: Tensor, base: float, interleaved: bool, dims: int | None) -> int:
     """How many features are rotated."""
     check_flags("rotary", interleaved=interleaved)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
-        got = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise InvalidInput(f"rotary: x must be a floating-point Tensor [*, M, D], got {got}")
+    check_floating("rotary", "x", x)
+    if x.dim() < 2:
+        raise InvalidInput(f"rotary: x must be [*, M, D], got {list(x.shape)}")
     _check_positions("rotary", positions)
     (M, D), lead = x.shape[-2:], x.shape[:-2]
     allowed = ((M,), (lead[0], M)) if lead else ((M,),)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .. import functional
 from ..backends import check_backend, resolve
 from ..errors import InvalidInput
-from ..functional.arguments import check_flags, check_truth
-from ..functional.autocast import autocasting
+from ..functional.arguments import FLOATS, check_flags, check_floating, check_strided, check_truth
+from ..functional.attention_checks import is_causal_bias
+from ..functional.autocast import target_dtype
 from ..reference.recurrence import wide
 from ..reference.sizes import is_among
 from .cache import KVCache
@@ -209,13 +210,12 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
         """Whether the input is batched."""
         named = {"query": query, "key": key, "value": value}
         for name, tensor in named.items():
-            if not isinstance(tensor, Tensor):
-                raise InvalidInput(f"MultiheadAttention: {name} must be a Tensor, got {type(tensor).__name__}")
-            if tensor.is_nested:
+            if isinstance(tensor, Tensor) and tensor.is_nested:
                 raise InvalidInput(
-                    f"MultiheadAttention: {name} must not be a nested tensor; torch.nn.TransformerEncoder makes them "
-                    "when it evaluates, unless its attribute use_nested_tensor is False"
+                    f"MultiheadAttention: {name} must be a dense Tensor, got a nested one; torch.nn.TransformerEncoder "
+                    "makes them when it evaluates, unless its attribute use_nested_tensor is False"
                 )
+            check_floating("MultiheadAttention", name, tensor)
         ranks = query.dim(), key.dim(), value.dim()
         if ranks not in ((2, 2, 2), (3, 3, 3)):
             raise InvalidInput(
@@ -244,7 +244,7 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
                 raise InvalidInput(
                     f"MultiheadAttention: {name} must be on the parameters' device {weight.device}, got {tensor.device}"
                 )
-            if tensor.dtype != weight.dtype and not autocasting(weight.device.type):
+            if target_dtype(tensor) != target_dtype(weight):
                 raise InvalidInput(
                     f"MultiheadAttention: {name} must have the parameters' dtype {weight.dtype}, got {tensor.dtype}"
                 )
@@ -303,12 +303,17 @@ class _Masks:
                 continue
             if not isinstance(mask, Tensor):
                 raise InvalidInput(f"MultiheadAttention: {name} must be a Tensor or None, got {type(mask).__name__}")
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise InvalidInput(f"MultiheadAttention: {name} must be bool or floating point, got {mask.dtype}")
-            if mask.device != q.device or mask.layout != torch.strided:
+            check_strided("MultiheadAttention", name, mask)
+            if is_causal_bias(mask):
                 raise InvalidInput(
-                    f"MultiheadAttention: {name} must be a dense tensor on the query's device {q.device}, got "
-                    f"{mask.layout} on {mask.device}"
+                    f"MultiheadAttention: {name} must be a Tensor that holds a mask, got torch's CausalBias; pass "
+                    "torch.nn.Transformer.generate_square_subsequent_mask, and is_causal"
+                )
+            if mask.dtype not in (torch.bool, *FLOATS):
+                raise InvalidInput(f"MultiheadAttention: {name} must be bool or floating point, got {mask.dtype}")
+            if mask.device != q.device:
+                raise InvalidInput(
+                    f"MultiheadAttention: {name} must be on the query's device {q.device}, got {mask.device}"
                 )
             if not is_among(mask.shape, allowed[name]):
                 shapes = " or ".join(str(list(shape)) for shape in allowed[name])
@@ -327,9 +332,13 @@ class _Masks:
             return None
         if all(m.dtype == torch.bool for m in masks):
             return ~masks[0] if len(masks) == 1 else ~(masks[0] | masks[1])
-        return sum(self._additive(m) for m in masks)
+        # Half does not hold what float32 does: 1e6 would be infinite, and -300.5 be rounded to an even number.
+        alike = all(m.dtype in (torch.bool, self.dtype) for m in masks)
+        return sum(_additive(m, self.dtype if alike else wide(self.dtype)) for m in masks)
 
-    def _additive(self, mask: Tensor) -> Tensor:
-        if mask.dtype != torch.bool:
-            return mask.to(self.dtype)
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(mask, float("-inf"))
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to scores: itself, or -inf where its True forbids."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

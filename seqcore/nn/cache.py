@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from ..capabilities import transforms_active
 from ..errors import InvalidInput
-from ..functional.arguments import check_factory, is_size, shown
-from ..reference.sizes import readable
+from ..functional.arguments import check_factory, check_strided, is_size, shown
+from ..reference.sizes import holds_values, readable
 
 
 class KVCache(nn.Module):
@@ -165,6 +165,7 @@ class KVCache(nn.Module):
         for name, tensor, buffer in (("key", key, self.keys), ("value", value, self.values)):
             if not isinstance(tensor, Tensor):
                 raise InvalidInput(f"KVCache: {name} must be a Tensor, got {type(tensor).__name__}")
+            check_strided("KVCache", name, tensor)
             B, H, N, D = buffer.shape
             if tensor.dim() != 4 or (*tensor.shape[:2], tensor.shape[3]) != (B, H, D) or tensor.shape[2] > N:
                 raise InvalidInput(f"KVCache: {name} must be [{B}, {H}, M <= {N}, {D}], got {list(tensor.shape)}")
@@ -188,6 +189,7 @@ class KVCache(nn.Module):
         integers, device = (torch.int32, torch.int64), self.lengths.device
         if not isinstance(vector, Tensor):
             raise InvalidInput(f"KVCache: {name} must be a Tensor of integers, got {type(vector).__name__}")
+        check_strided("KVCache", name, vector)
         if vector.shape != shape or vector.dtype not in integers or vector.device != device:
             raise InvalidInput(
                 f"KVCache: {name} must be {list(shape)} of int32 or int64 on {device}, got {list(vector.shape)} "
@@ -220,6 +222,6 @@ class KVCache(nn.Module):
 
 def _eager(tensor: Tensor) -> bool:
     """Whether Python runs for every step, and could read ``tensor`` at the price of waiting."""
-    if torch.compiler.is_compiling() or transforms_active() or tensor.is_meta:
+    if torch.compiler.is_compiling() or transforms_active() or not holds_values(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

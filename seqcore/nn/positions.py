@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..errors import InvalidInput
-from ..functional.arguments import check_factory, check_flags, check_sizes, shown
+from ..functional.arguments import check_factory, check_flags, check_floating, check_sizes, check_strided, shown
 from ..functional.positions import check_progression
 from ..reference.sizes import is_among, readable
 
@@ -181,14 +181,10 @@ class RotaryPositions(nn.Module):
 
 
 def _check_x(name: str, x: Tensor, ranks: tuple[int, ...], width: int) -> None:
-    if not isinstance(x, Tensor):
-        raise InvalidInput(f"{name}: x must be a Tensor, got {type(x).__name__}")
-    if x.dim() not in ranks or x.shape[-1] != width or not x.is_floating_point():
+    check_floating(name, "x", x)
+    if x.dim() not in ranks or x.shape[-1] != width:
         dimensions = " or ".join(str(rank) for rank in ranks)
-        raise InvalidInput(
-            f"{name}: x must have {dimensions} dimensions, the last of {width}, in floating point, got {list(x.shape)} "
-            f"{x.dtype}"
-        )
+        raise InvalidInput(f"{name}: x must have {dimensions} dimensions, the last of {width}, got {list(x.shape)}")
 
 
 def _positions(name: str, start: int | Tensor, length: int, batch: int | None, device: torch.device) -> Tensor:
@@ -203,6 +199,7 @@ def _positions(name: str, start: int | Tensor, length: int, batch: int | None, d
         raise InvalidInput(
             f"{name}: start must be an int or a Tensor of integers {_starts(batch)}, got {shown(start)}"
         )
+    check_strided(name, "start", start)
     fits = is_among(start.shape, ((),) if batch is None else ((), (batch,)))
     if not fits or start.dtype not in (torch.int32, torch.int64) or start.device != device:
         raise InvalidInput(

@@ -4,13 +4,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ..capabilities import transforms_active
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device; a traced tensor has none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
+    """Whether values can be looked at without waiting for a device; a traced or fake tensor has none."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or transforms_active():
+        return False
+    return holds_values(tensor)
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether there is anything behind the shape of a tensor that is in no graph."""
+    return not tensor.is_meta and not is_fake(tensor)
 
 
 def is_zero(size: int) -> bool:

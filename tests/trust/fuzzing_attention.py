@@ -50,7 +50,8 @@ PROMISES = [
         "given, or, by the module, as torch's module refuses them; what attention's functions take, they answer as "
         "the reference answers it.",
         "Hypothesis replaces one or two arguments of a valid call by anything: other ranks, sizes, dtypes, devices and "
-        "layouts, numbers out of range, strings, types, objects. Warnings are failures. Of what the functions take, "
+        "layouts, numbers out of range, strings, types, objects; or all tensors by sparse, nested or float8 ones. "
+        "Warnings are failures. Of what the functions take, "
         "values are compared in float64; of the module's answers, shapes with those of torch's module. Of positions, "
         "caches and tools it is only asked that they answer or refuse: their results are held elsewhere, for "
         "arguments that make sense.",
@@ -81,6 +82,11 @@ PROMISES = [
         ),
     ),
     Promise(
+        "Under torch's FakeTensorMode, which has shapes and no values, lengths, packed attention and caches are taken.",
+        "Recurrences, attention, caches and positions.",
+        ("test_fake_tensors.py",),
+    ),
+    Promise(
         "Query, key, value and mask may share memory: their gradients add up.",
         "One tensor for all, views of one storage, overlapping rows, rows of stride 0.",
         (f"{INPUTS}::test_gradients_of_inputs_that_share_memory_add_up",),
@@ -104,6 +110,27 @@ GUARDS = [
         "    check_flags(NAME, enable_gqa=enable_gqa, return_lse=return_lse)\n",
         "",
         f"{ARGUMENTS}::test_attention_with_each_argument_replaced[attention]",
+    ),
+    Guard(
+        "float8 is no dtype that attention computes in",
+        "seqcore/functional/arguments.py",
+        "    if value.dtype not in FLOATS:",
+        "    if not value.is_floating_point():",
+        f"{ARGUMENTS}::test_attention_with_each_argument_replaced[attention]",
+    ),
+    Guard(
+        "what is rotated is dense",
+        "seqcore/functional/positions.py",
+        '    check_floating("rotary", "x", x)\n',
+        "",
+        f"{ARGUMENTS}::test_positions_and_caches_with_each_argument_replaced[rotary]",
+    ),
+    Guard(
+        "a fake tensor's values are not looked at",
+        "seqcore/reference/sizes.py",
+        "    return not tensor.is_meta and not is_fake(tensor)",
+        "    return not tensor.is_meta",
+        "test_fake_tensors.py::test_caches",
     ),
     Guard(
         "a size is none if it is a bool",

@@ -2,7 +2,8 @@
 
 from .kinds import Guard, Promise
 
-PEERS = "test_peers_bugs.py"
+PEERS, EDGES = "test_peers_bugs.py", "test_attention_edges.py"
+AUTOCAST, BIAS = "test_mixed_precision.py::test_autocast", f"{EDGES}::test_a_causal_bias"
 
 PROMISES = [
     Promise(
@@ -16,8 +17,31 @@ PROMISES = [
     ),
     Promise(
         "A float32 mask beside half queries is read as float32 (pytorch 191612).",
-        "Masks of 1e6, which half cannot hold; backends that would misread them are not chosen.",
-        ("test_attention_kernels.py::test_a_float32_mask_with_queries_of_another_dtype",),
+        "Masks of 1e6, which half cannot hold, and of -300, where it keeps no differences, in functions and modules, "
+        "under autocast too; backends that would misread them are not chosen.",
+        (
+            "test_attention_kernels.py::test_a_float32_mask_with_queries_of_another_dtype",
+            "test_multihead_attention.py::test_a_float32_mask_of_a_half_module_stays_float32",
+            "test_multihead_attention.py::test_a_mask_of_any_dtype_is_taken_for_its_numbers",
+            f"{AUTOCAST}_leaves_a_mask_as_it_is",
+            f"{AUTOCAST}_leaves_the_operators_mask_as_it_is",
+            f"{AUTOCAST}_of_float64_beside_a_narrower_mask",
+            f"{AUTOCAST}_beside_a_mask_of_another_dtype",
+            "test_mixed_precision.py::test_why_torchs_operator_does_not_serve_a_mask_under_autocast",
+        ),
+    ),
+    Promise(
+        "torch's CausalBias, whose elements nobody has written, is read as the causality that it stands for, or "
+        "refused.",
+        "Both kinds, with more queries than keys and fewer, beside torch's attention under the mask that they spell "
+        "out; through all functions, torch's own served by ours, and the kernels; beside options that go by positions.",
+        (
+            f"{BIAS}_is_what_it_stands_for",
+            f"{EDGES}::test_torchs_own_operator_takes_a_causal_bias_as_causality",
+            f"{EDGES}::test_kernels_take_a_causal_bias_as_causality",
+            f"{BIAS}_that_says_something_else_is_refused",
+            f"{EDGES}::test_the_module_refuses_a_causal_bias",
+        ),
     ),
     Promise(
         "Sequences of nothing but padding give zeros and finite gradients, also where weights are asked for "
@@ -109,6 +133,49 @@ GUARDS = [
         "            bias = tl.load(ptrs, mask=inside, other=0.0).to(tl.float16).to(tl.float32)",
         "test_attention_kernels.py::test_a_float32_mask_with_queries_of_another_dtype[fp16]",
         interpreted=True,
+    ),
+    Guard(
+        "the module leaves a float32 mask float32",
+        "seqcore/nn/attention.py",
+        "self.dtype if alike else wide(self.dtype)",
+        "self.dtype",
+        "test_multihead_attention.py::test_a_float32_mask_of_a_half_module_stays_float32[reference-no weights-torch."
+        "bfloat16-None]",
+    ),
+    Guard(
+        "torch's operator gets no mask that autocast would narrow",
+        "seqcore/functional/attention.py",
+        "    return autocasting(mask.device.type) or (mask.is_cuda and dtype.itemsize == 2)",
+        "    return mask.is_cuda and dtype.itemsize == 2",
+        f"{AUTOCAST}_leaves_a_mask_as_it_is[fp16-auto]",
+    ),
+    Guard(
+        "torch's operator gets no mask that autocast would leave wider than the queries",
+        "seqcore/functional/attention.py",
+        "    if mask.dtype in (torch.bool, dtype):",
+        "    if mask.dtype in (torch.bool, torch.float64, dtype):",
+        f"{AUTOCAST}_beside_a_mask_of_another_dtype[fp16-torch.float64]",
+    ),
+    Guard(
+        "a causal bias is not read",
+        "seqcore/functional/attention_checks.py",
+        "        attn_mask, causal = None, _causality(attn_mask, M, N)",
+        "        attn_mask = attn_mask.as_subclass(torch.Tensor)[0]",
+        f"{BIAS}_is_what_it_stands_for[causal_upper_left-3-5]",
+    ),
+    Guard(
+        "a causal bias is aligned as it says",
+        "seqcore/functional/attention_checks.py",
+        '    return "top_left" if bias.variant.name == "UPPER_LEFT" else "lower_right"',
+        '    return "top_left"',
+        f"{BIAS}_is_what_it_stands_for[causal_lower_right-3-5]",
+    ),
+    Guard(
+        "torch's operator is told of the causality that a bias stands for",
+        "seqcore/functional/attention.py",
+        "problem.mask, dropout_p, problem.causal is not None,",
+        "problem.mask, dropout_p, causal is not None,",
+        f"{EDGES}::test_torchs_own_operator_takes_a_causal_bias_as_causality[causal_upper_left]",
     ),
     Guard(
         "a row that has seen no key divides by one",
