@@ -15,7 +15,8 @@ from benchmarks.report import print_summary, write_report
 from benchmarks.resume import Resume
 from benchmarks.shapes import SIZES, choose_sizes
 from benchmarks.text import load_corpus
-from seqcore.journal import Journal
+from seqcore.files import replaceable
+from seqcore.journal import Journal, discard
 
 # In the order they are measured.
 SUITES = ("floors", "recurrence", "attention", "bottleneck", "models")
@@ -25,11 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     begin, options = time.monotonic(), parse(arguments)
     sizes = choose_sizes(options.sizes)
     data, journal_path = options.out / MEASURED, options.out / JOURNAL
-    if not options.resume:
-        journal_path.unlink(missing_ok=True)
+    try:
+        if not options.resume:
+            discard(journal_path)
+        # An old file must not be taken for the result of a run that failed to write one.
+        replaceable(data).unlink(missing_ok=True)
+    except OSError as error:
+        print(f"Cannot measure: {error}", file=sys.stderr)
+        return 2
     its_key = run_key(sizes, options.text)
-    # An old file must not be taken for the result of a run that failed to write one.
-    data.unlink(missing_ok=True)
     print(f"Measuring at the sizes {sizes.name!r}.", flush=True)
     if options.jobs > 1 and sizes.device == "cuda":
         ahead.in_shares(options.suite, sizes, options.out, options.jobs)

@@ -15,6 +15,7 @@ from benchmarks.reporting.answers import NAMES
 from benchmarks.reporting.fits import geometric_mean
 from benchmarks.reporting.tables import number, table
 from benchmarks.rows import OURS, Results, Row
+from seqcore.files import write_whole
 
 # Peers out of this checkout, which change with it.
 OWN = {"aten", "reference"}
@@ -204,11 +205,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         text, worse = compare(Run.load(options.before), Run.load(options.after), options.threshold, options.force)
+        if options.out:
+            write_whole(options.out, text)
     except (OSError, ValueError, NotComparable) as error:
         print(f"Cannot compare: {error}", file=sys.stderr)
         return 2
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
     print(text, end="")
     return int(worse)
 

@@ -15,6 +15,7 @@ from benchmarks.reporting.short import in_short
 from benchmarks.reporting.tables import bytes_text, number, table
 from benchmarks.rows import OURS, Results, Row
 from benchmarks.shapes import OPS, PASSES
+from seqcore.files import write_whole
 
 
 def times_table(results: Results, sweep: str, pass_: str) -> str:
@@ -163,7 +164,7 @@ def write_report(
     text = report(results, drawn)
     written = {out / "report.html": page.render(text, drawn), out / "report.md": text}
     for path, content in written.items():
-        path.write_text(content, encoding="utf-8")
+        write_whole(path, content)
     return results, [*written, *(plot.path for plot in drawn)]
 
 

@@ -35,9 +35,10 @@ TYPICAL = {
 class Device:
     """What the choice of a kernel needs to know of a device; make one by hand to ask about a GPU that is not here.
 
-    ``arch`` is "sm_90", "gfx942", … or "interpreter"; ``shared_memory`` is bytes a program may use, ``registers``
-    the 32-bit registers of one multiprocessor. What is left 0 is that of the architecture's common data-centre part.
-    What is no string, or no integer, raises ValueError.
+    ``arch`` is "sm_90", "gfx942", … or "interpreter"; of "sm_90a" and "sm_100f", as compilers call what only that
+    architecture or its family has, the number alone is kept. ``shared_memory`` is bytes a program may use,
+    ``registers`` the 32-bit registers of one multiprocessor. What is left 0 is that of the architecture's common
+    data-centre part. What is no string, no such name, or no integer, raises ValueError.
     """
 
     arch: str
@@ -52,9 +53,19 @@ class Device:
                 "Device: arch must be a string, such as 'sm_90', and all else integers that are not negative, got "
                 f"{self.arch!r} and {numbers}"
             )
+        if self.arch.startswith("sm_"):
+            object.__setattr__(self, "arch", self._numbered())
         multiprocessors, shared_memory = TYPICAL.get(self.arch, (1, 1 << 30))
         object.__setattr__(self, "multiprocessors", self.multiprocessors or multiprocessors)
         object.__setattr__(self, "shared_memory", self.shared_memory or shared_memory)
+
+    def _numbered(self) -> str:
+        # By methods of strings, since Dynamo traces this.
+        numbered = self.arch[:-1] if "a" <= self.arch[-1] <= "z" else self.arch
+        digits = numbered[len("sm_") :]
+        if len(digits) not in (2, 3) or not (digits.isascii() and digits.isdecimal()):
+            raise ValueError(f"Device: arch must be a string, such as 'sm_90' or 'sm_90a', got {self.arch!r}")
+        return numbered
 
 
 @dataclass(frozen=True)

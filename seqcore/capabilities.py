@@ -41,7 +41,7 @@ class Request:
     ``family`` is "recurrence" or "attention", ``operation`` the function's name, ``features`` the names (keys of the
     tables above) of what it asks beyond the plain operation, ``head_dim`` the larger of attention's two, ``shape``
     what a recurrence's plan depends on (None in a compiled graph, where sizes may have no values); ``sharded`` if
-    there are DTensors among the inputs.
+    there are DTensors among the inputs, ``autocast`` if autocast takes a sequence's input to ``dtype``.
     """
 
     family: str
@@ -53,6 +53,7 @@ class Request:
     shape: plan.Shape | None = None
     transformed: bool = False
     sharded: bool = False
+    autocast: bool = False
 
 
 def transforms_active() -> bool:
@@ -152,7 +153,19 @@ def why_not_aten(request: Request) -> list[str]:
         reasons.append("torch's recurrences take no DTensors")
     if _to_onnx() and "proj_size" in request.features:
         reasons.append("torch exports it to ONNX as an LSTM without its projection")
+    if request.operation == "lstm" and _by_onednn_in_half(request):
+        reasons.append("oneDNN, to which torch's autocast hands a CPU's LSTM, has none in float16 for many CPUs")
     return reasons
+
+
+def _by_onednn_in_half(request: Request) -> bool:
+    """Whether autocast takes a padded LSTM on a CPU to float16, for oneDNN; one in float16 torch runs itself."""
+    if not request.autocast or request.dtype != torch.float16 or request.device.arch not in (CPU, INTERPRETER):
+        return False
+    if "packed input" in request.features or "proj_size" in request.features:
+        return False
+    # A switch that Dynamo cannot read.
+    return torch.compiler.is_compiling() or (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
 def why_not_reference(request: Request) -> list[str]:

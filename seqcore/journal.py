@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .files import replaceable
 from .kernels import reading
 
 T = TypeVar("T")
@@ -82,6 +83,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
             if isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("key", "kind", "name")):
                 entries.append(entry)
     return entries
+
+
+def discard(path: Path) -> None:
+    """Delete a journal, if there is one; of a link, what it leads to.
+
+    Raises:
+        OSError: naming ``path``, if what stands there is none: it is not empty, and no line is an entry.
+    """
+    end = replaceable(path)
+    if not end.exists():
+        return
+    if end.stat().st_size and not lines(path):
+        raise OSError(errno.EINVAL, "no journal, and not to be deleted as one; name another file", str(path))
+    end.unlink()
 
 
 def forget(path: Path, unwanted: Callable[[str, str], bool]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .devices import INTERPRETED
 from .errors import UnsupportedInput
 from .kernels.tuning import Device
 from .profiling.problems import Problem, Recurrence
@@ -42,8 +43,13 @@ def precompile(problem: Problem, device: Device | None = None) -> list[Compiled]
         The kernels in the order in which they were needed.
 
     Raises:
-        UnsupportedInput: if there is no GPU here and none is named, or the kernels cannot serve the problem.
+        UnsupportedInput: if there is no GPU here and none is named, the kernels cannot serve the problem, or this
+            process interprets them.
     """
+    if INTERPRETED:
+        raise UnsupportedInput(
+            "TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it before seqcore is imported"
+        )
     if isinstance(problem, Recurrence):
         problem = replace(problem, T=min(problem.T, FEW_STEPS))
     problem = replace(problem, backend="triton")

@@ -1,12 +1,16 @@
 """The command line: info, and verify with its exit status."""
 
 import json
+import os
+import re
+import sys
+from unittest import mock
 
 import pytest
 import torch
 
 import seqcore
-from seqcore import cli, functional
+from seqcore import backends, cli, functional
 from seqcore.devices import INTERPRETED
 from seqcore.testing import verify
 
@@ -37,6 +41,104 @@ def test_a_place_that_cannot_be_written_is_no_traceback(tmp_path, capsys):
     assert cli.main(["profile", "gru", *sizes, "--out", str(tmp_path / "file" / "under")]) == 2
     said = capsys.readouterr().err
     assert str(tmp_path / "file" / "under") in said and said.startswith("seqcore profile: ")
+
+
+LARGE = "99999999999999999999"
+# Of bytes more than any address space has, and more than can be counted.
+TOO_MANY = ["--T", "2147483647", "--B", "1024"], ["--T", "2147483647", "--B", "2147483647"]
+MISTAKES = {
+    "a size beyond all numbers": (["profile", "lstm", "--T", LARGE], f"T must be a positive number .*{LARGE}"),
+    "a window beyond all numbers": (["profile", "attention", "--causal", "--window", LARGE], "window must be"),
+    "no such memory": (["profile", "gru", "--H", "4", "--I", "768", *TOO_MANY[0]], "not enough memory"),
+    "no such numbers": (["profile", "gru", "--H", "4", "--I", "768", *TOO_MANY[1]], "not enough memory"),
+    "no repeats": (["profile", "gru", "--repeats", "0"], "repeats must be a positive number, got 0"),
+    "a share of nothing": (["verify", "--share", "0/2"], "--share needs --journal"),
+    "a share and no journal": (["verify", "--share", "0/2", "--jobs", "2"], "--share needs --journal"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_a_line(mistake, tmp_path, monkeypatch, capsys):
+    arguments, words = MISTAKES[mistake]
+    monkeypatch.setattr(cli.verify, "interpreted", lambda _: pytest.fail("began"))
+    out = ["--out", str(tmp_path / "profile")] if arguments[0] == "profile" else []
+    assert cli.main([*arguments, *out]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"seqcore {arguments[0]}: .*{words}", said), said
+
+
+def test_a_backend_of_the_environments_that_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "_ENVIRONMENT", "garbage")
+    for name, command in cli.COMMANDS.items():
+        monkeypatch.setattr(command, "run", lambda _: 0)
+        assert cli.main([name, *["gru"] * (name in ("profile", "precompile"))]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"seqcore {name}: unknown SEQCORE_BACKEND: got 'garbage'")
+
+
+LACKING = torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError(), OSError(11, "busy")
+
+
+@pytest.mark.parametrize("error", LACKING)
+def test_what_the_machine_has_not_is_told_in_a_line(error, monkeypatch, capsys):
+    monkeypatch.setattr(cli.info.info, "gather", mock.Mock(side_effect=error))
+    assert cli.main(["info"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("expected scalar type"), ValueError("a bug"), KeyError("a bug")])
+def test_a_bug_keeps_its_traceback(error, monkeypatch):
+    monkeypatch.setattr(cli.info.info, "gather", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
+        cli.main(["info"])
+    assert raised.value is error
+
+
+def nobody_reads():
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+def no_room():
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+
+NOWHERE = {"nobody reads": (nobody_reads, 141, 0), "a full disk": (no_room, 2, 1)}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("arguments", [["info"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize("where", NOWHERE)
+def test_output_that_cannot_be_written(where, arguments, monkeypatch, capsys):
+    make, status, lines = NOWHERE[where]
+    # That it can be closed says that Python, too, finds nothing left to write as it ends.
+    with make() as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert cli.main(arguments) == status
+    monkeypatch.undo()
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_no_output_at_all(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["info"]) == 0
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreted process")
+def test_interpreted_kernels_are_not_precompiled(capsys):
+    assert cli.main(["precompile", "lstm", "--arch", "sm_90", "--H", "16"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("option", ["--journal", "--out"])
+def test_verify_is_told_first_where_nothing_can_be_written(option, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["verify", option, str(tmp_path / "file" / "under")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in said
 
 
 def few_cases(monkeypatch):

@@ -10,6 +10,7 @@ from seqcore.files import read_json
 
 pytest.importorskip("matplotlib", reason="reports draw with it")
 from benchmarks import compare, ledger, report
+from benchmarks.__main__ import main as measure
 from benchmarks.rows import Results
 from benchmarks.study import report as study
 
@@ -50,6 +51,19 @@ def test_a_strange_result_is_named(content, tmp_path, capsys):
         Results.load(path)
     assert report.main([str(path), "--no-plots"]) == 1 and compare.main([str(path), str(path)]) == 2
     assert capsys.readouterr().err.count("run.json") == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are of POSIX")
+def test_what_is_no_result_of_theirs_is_neither_replaced_nor_deleted(tmp_path, capsys):
+    runs, pipe, journal = tmp_path / "run.json", tmp_path / "pipe", tmp_path / "journal.jsonl"
+    runs.write_bytes(rows())
+    os.mkfifo(pipe)
+    assert compare.main([str(runs), str(runs), "--force", "--out", str(pipe)]) == 2
+    journal.write_text("years of work")
+    assert measure(["--sizes", "tiny", "--out", str(tmp_path)]) == 2
+    assert pipe.is_fifo() and journal.read_text() == "years of work"
+    said = capsys.readouterr().err
+    assert str(pipe) in said and str(journal) in said
 
 
 @pytest.mark.parametrize("content", CONTENTS)

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
+from torch.nn.utils.rnn import pack_sequence
 
+import seqcore
 from seqcore import UnsupportedInput, explain, functional
 from seqcore.testing.budget import assert_within_budget
 
@@ -43,6 +45,27 @@ def test_torchs_operators_cast_as_in_torchs_modules(name, half, without_onednn):
     with torch.autocast("cpu", half):
         found, expected = outputs(ours(theirs, "aten"), x), outputs(theirs, x)
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("given_in", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_auto_serves_the_lstm_that_onednn_has_not(given_in):
+    module, x = seqcore.nn.LSTM(3, 5, dtype=given_in), torch.randn(4, 2, 3, dtype=given_in)
+    weights, packed = [w.detach() for w in module.parameters()], pack_sequence([x[:4, 0], x[:2, 1]])
+    with torch.autocast("cpu", torch.float16):
+        found, expected = module(x)[0], functional.lstm(x, None, weights, backend="reference")[0]
+        assert found.dtype == torch.float16 and torch.equal(found, expected)
+        with pytest.raises(seqcore.UnsupportedInput, match="oneDNN"):
+            functional.lstm(x, None, weights, backend="aten")
+        served = {
+            "float16 already": (seqcore.nn.LSTM(3, 5, dtype=torch.float16), x.half()),
+            "packed": (module, packed), "a GRU": (seqcore.nn.GRU(3, 5, dtype=given_in), x),
+            "a cell": (seqcore.nn.LSTMCell(3, 5, dtype=given_in), x[0]),
+        }  # fmt: skip
+        for name, call in served.items():
+            (explanation,) = seqcore.explain(*call)
+            assert explanation.chosen == "aten", name
+    found.float().sum().backward()
+    assert all(w.grad.isfinite().all() for w in module.parameters())
 
 
 def check_casts(module, name, half):

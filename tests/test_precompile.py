@@ -100,9 +100,14 @@ def test_without_a_gpu_one_must_be_named(capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["lstm", "--H", "0", "--arch", "sm_90"], "H must be a positive number, got 0"),
+        (["lstm", "--H", "0", "--arch", "sm_90"], "H must be a positive number of at most 2^31 - 1, got 0"),
         (["attention", "--dtype", "int8", "--arch", "sm_90"], "dtype must be one of float16, bfloat16, float32"),
         (["lstm", "--arch", "sm_70"], "needs compute capability 8.0 or newer, got sm_70"),
+        (["lstm", "--arch", "sm_9000"], "such as 'sm_90' or 'sm_90a', got 'sm_9000'"),
+        (["lstm", "--arch", "sm_90", "--multiprocessors", "-3"], "integers that are not negative"),
+        (["lstm", "--arch", "sm_90", "--H", "99999999999999999999"], "H must be a positive number of at most 2^31 - 1"),
+        (["attention", "--arch", "sm_90", "--M", "99999999999999999999"], "M must be a positive number of at most"),
+        (["attention", "--arch", "sm_90", "--M", "2147483647", "--B", "2147483647"], "not enough memory"),
         (["lstm", "--arch", "h100"], "--arch must be a GPU's, like sm_90 or gfx942, got 'h100'"),
         (["lstm", "--arch", "sm_90", "--multiprocessors", "8", "--H", "16384"], "run"),
     ],

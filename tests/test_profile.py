@@ -108,15 +108,15 @@ def test_only_run_runs_within_its_ranges_and_nothing_else(monkeypatch, tmp_path,
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["gru", "--T", "0"], "T must be a positive number, got 0"),
+        (["gru", "--T", "0"], "T must be a positive number of at most 2^31 - 1, got 0"),
         (["gru", "--directions", "3"], "directions must be 1 or 2, got 3"),
         (["lstm", "--pass", "sideways"], "pass must be one of forward, training, got 'sideways'"),
         (["lstm", "--dtype", "int8"], "dtype must be one of float16, bfloat16, float32, got 'int8'"),
         (["rnn", "--backend", "magic"], "backend must be one of auto, triton, aten, reference, got 'magic'"),
         (["rnn", "--repeats", "0"], "repeats must be a positive number, got 0"),
         (["attention", "--H", "4", "--H-kv", "3"], "H_kv must be a divisor of H = 4, got 3"),
-        (["attention", "--window", "3"], "window must be positive, and with causal, got 3"),
-        (["attention", "--causal", "--window", "-1"], "window must be positive, and with causal, got -1"),
+        (["attention", "--window", "3"], "and with causal; or 0 for all, got 3"),
+        (["attention", "--causal", "--window", "-1"], "and with causal; or 0 for all, got -1"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(monkeypatch, tmp_path, capsys, arguments, said):

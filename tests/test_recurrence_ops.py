@@ -12,6 +12,8 @@ from seqcore.ops import library
 from seqcore.ops import recurrence as ops
 from seqcore.reference.recurrence import group
 
+from .recurrence_twins import ours, problem
+
 T, B, I, H = 4, 3, 2, 6
 DOUBLE = {"dtype": torch.float64}
 BATCH_SIZES = torch.tensor([3, 2, 2, 1])
@@ -117,6 +119,20 @@ def test_gradients_of_first_and_second_order(name):
     run, inputs = function_and_inputs(name, hidden=2 if LAYERS[name][3] == 0 else 4)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_an_output_changed_in_place(cell, bidirectional, by_the_operators):
+    """As torch's LSTM it can be, and is missed only where backward needs it."""
+    twin, x, hx = problem(cell, bidirectional=bidirectional)
+    module, expected = ours(twin, None), ours(twin, None)(x, hx)[0] * 2
+    y = module(x, hx)[0]
+    assert torch.equal(y.mul_(2), expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert not module(x, hx)[0].zero_().any()
 
 
 @pytest.mark.parametrize("name", LAYERS)

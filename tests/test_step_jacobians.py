@@ -41,6 +41,21 @@ def on_joined(step, widths):
     return joined
 
 
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("whose", WHOSE)
+def test_in_inference_mode(whose, T):
+    twin, x, hx = problem("lstm", T=T, B=3, H=5, **DOUBLE)
+    module = twin if whose == "torch's" else ours(twin, whose)
+    step = lambda x_t, s: torch.tanh(s + x_t.sum(1, keepdim=True))
+    expected = step_jacobians(module, x, hx), step_jacobians(module, x), step_jacobians(step, x, hx[0][0])
+    with torch.inference_mode():
+        x, hx = x.clone(), tuple(s.clone() for s in hx)
+        found = step_jacobians(module, x, hx), step_jacobians(module, x), step_jacobians(step, x, hx[0][0])
+        assert str(found[0]) == str(expected[0])
+    for ours_, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours_.matrices, theirs.matrices)
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("whose", WHOSE)
 @pytest.mark.parametrize("cell", CELLS)

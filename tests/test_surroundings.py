@@ -64,6 +64,19 @@ def test_a_gpu_with_kernels_is_served(arch):
     assert "needs" not in explanation.notes["triton"]
 
 
+@pytest.mark.parametrize("arch, number", [("sm_90a", "sm_90"), ("sm_100f", "sm_100"), ("sm_75a", "sm_75")])
+def test_a_gpu_by_its_compilers_name_is_the_gpu(arch, number):
+    assert Device(arch) == Device(number)
+    [named], [numbered] = (seqcore.explain(attended, device=Device(name)) for name in (arch, number))
+    assert str(named) == str(numbered)
+
+
+@pytest.mark.parametrize("arch", ["sm_", "sm_9", "sm_x", "sm_90-a", "sm_90ab", "sm_9.0", "sm_٩٠", "sm_90\n"])
+def test_what_names_no_gpu_is_refused(arch):
+    with pytest.raises(ValueError, match="such as 'sm_90'"):
+        Device(arch)
+
+
 VERSIONS = {
     ("2.11.0", "3.6.0"): (),
     ("2.13.0+cpu", "3.7.1"): (),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 import torch
@@ -162,6 +163,24 @@ def test_a_damaged_table_stops_a_run_that_is_not_forced(tmp_path):
         tune(tmp_path, [Stub([1.0])], FakeClock())
     tune(tmp_path, [Stub([1.0])], FakeClock(), force=True)
     assert json.loads((tmp_path / "table.json").read_text())["arch"] == "sm_90"
+
+
+def test_force_deletes_no_file_that_is_no_log(tmp_path):
+    log, clock = tmp_path / "log.jsonl", FakeClock()
+    log.write_text("years of work")
+    with pytest.raises(OSError, match=r"log\.jsonl"):
+        tune(tmp_path, [Stub([1.0])], clock, force=True)
+    assert log.read_text() == "years of work" and not clock.calls
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are of POSIX")
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_file_is_refused_before_anything_is_measured(force, tmp_path):
+    table, clock = tmp_path / "table.json", FakeClock()
+    os.mkfifo(table)
+    with pytest.raises(OSError, match=r"table\.json"):
+        tune(tmp_path, [Stub([1.0])], clock, force)
+    assert table.is_fifo() and not clock.calls and os.listdir(tmp_path) == ["table.json"]
 
 
 @pytest.mark.parametrize(("torch_ms", "verdict"), [((1.2, 1.0), ["attention"]), ((1.2, 0.9), [])])

@@ -16,6 +16,7 @@ from benchmarks.study.experiment import Row
 from benchmarks.study.experiments import NAMES, load
 from benchmarks.study.progress import Progress
 from benchmarks.study.run import KIND, SETTINGS, Setting, Task, default_jobs, run, tasks_of
+from seqcore.files import write_whole
 from seqcore.journal import Journal, forget
 
 JOURNAL = "journal.jsonl"
@@ -86,7 +87,7 @@ def keep(name: str, tasks: list[Task], setting: Setting, journal: Journal, out: 
     }
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
     text = json.dumps(data, indent=1, allow_nan=False).rstrip("}\n") + f',\n "rows": [\n{lines}\n ]\n}}\n'
-    (out / f"{name}.json").write_text(text, encoding="utf-8")
+    write_whole(out / f"{name}.json", text)
 
 
 def verdicts_of(name: str, rows: list[Row]) -> list[dict]:

@@ -13,7 +13,7 @@ from benchmarks.reporting.plot_kit import LOOK, plt
 from benchmarks.reporting.tables import table
 from benchmarks.study.experiment import CHANCE, Row, Verdict
 from benchmarks.study.experiments import NAMES, load
-from seqcore.files import read_json
+from seqcore.files import read_json, write_whole
 
 TITLE = "What is taught about recurrence and attention, measured"
 MARKS = {True: "✓", False: "✗", None: "?"}
@@ -123,7 +123,7 @@ def write(out: Path) -> tuple[list[Section], list[Path]]:
     text = report(sections)
     written = {out / "report.html": page.render(text, plots), out / "report.md": text}
     for path, content in written.items():
-        path.write_text(content, encoding="utf-8")
+        write_whole(path, content)
     return sections, [*written, *(plot.path for plot in plots)]
 
 

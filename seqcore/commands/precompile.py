@@ -2,9 +2,9 @@
 
 import argparse
 import re
-import sys
 
-from ..errors import InvalidInput, UnsupportedInput
+from ..errors import InvalidInput
+from ..kernels.tuning import Device
 from .sizes import add_operations, problem
 
 HELP = "fill Triton's cache for the sizes named, so that the first call does not stall"
@@ -21,20 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..kernels.tuning import Device
     from ..precompile import cache_folder, precompile
 
-    device = Device(options.arch, options.multiprocessors) if options.arch else None
-    try:
-        if device is not None and not re.fullmatch(r"sm_\d{2,3}|gfx\w+", options.arch):
-            raise InvalidInput(f"--arch must be a GPU's, like sm_90 or gfx942, got {options.arch!r}")
-        for chosen in [problem(options, pass_=options.pass_, dtype=dtype) for dtype in options.dtype]:
-            print(f"{chosen.label}:", flush=True)
-            for compiled in precompile(chosen, device):
-                known = "in the cache already" if compiled.seconds is None else f"{compiled.seconds:.1f} s"
-                print(f"  {compiled.kernel:<32} {known}")
-    except (InvalidInput, UnsupportedInput) as error:
-        print(f"seqcore precompile: {error}", file=sys.stderr)
-        return 2
+    device = _device(options.arch, options.multiprocessors) if options.arch else None
+    for chosen in [problem(options, pass_=options.pass_, dtype=dtype) for dtype in options.dtype]:
+        print(f"{chosen.label}:", flush=True)
+        for compiled in precompile(chosen, device):
+            known = "in the cache already" if compiled.seconds is None else f"{compiled.seconds:.1f} s"
+            print(f"  {compiled.kernel:<32} {known}")
     print(f"Triton's cache: {cache_folder()}")
     return 0
+
+
+def _device(arch: str, multiprocessors: int) -> Device:
+    if not re.fullmatch(r"(sm_|gfx)\w+", arch):
+        raise InvalidInput(f"--arch must be a GPU's, like sm_90 or gfx942, got {arch!r}")
+    try:
+        return Device(arch, multiprocessors)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from None

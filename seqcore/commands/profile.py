@@ -1,10 +1,9 @@
 """``seqcore profile``"""
 
 import argparse
-import sys
 from pathlib import Path
 
-from ..errors import InvalidInput, UnsupportedInput
+from ..errors import InvalidInput
 from .sizes import add_operations, problem
 
 HELP = "where the time of an operation goes: a Chrome trace, its kernels with their work, a step's parts"
@@ -25,18 +24,12 @@ def run(options: argparse.Namespace) -> int:
     from ..profiling.session import defaults, render
 
     asked = {name: getattr(options, name) or default for name, default in defaults().items()}
-    try:
-        if options.repeats < 1:
-            raise InvalidInput(
-                f"profile {options.op}: repeats must be a positive number, got {options.repeats}; leave it out for 3"
-            )
-        chosen = problem(options, pass_=options.pass_, **asked)
-        if options.only == "run":
-            profiling.run(chosen, options.repeats)
-            return 0
-        found = profiling.profile(chosen, options.repeats, options.out or Path(f"profile-{options.op}"))
-    except (InvalidInput, UnsupportedInput) as error:
-        print(f"seqcore profile: {error}", file=sys.stderr)
-        return 2
+    if options.repeats < 1:
+        raise InvalidInput(f"{options.op}: repeats must be a positive number, got {options.repeats}; 3 by default")
+    chosen = problem(options, pass_=options.pass_, **asked)
+    if options.only == "run":
+        profiling.run(chosen, options.repeats)
+        return 0
+    found = profiling.profile(chosen, options.repeats, options.out or Path(f"profile-{options.op}"))
     print(render(found))
     return 0

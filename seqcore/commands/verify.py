@@ -12,6 +12,8 @@ import torch
 
 from .. import info
 from ..devices import INTERPRETED
+from ..errors import InvalidInput
+from ..files import replaceable, write_whole
 from ..testing.shares import Share, run_shares
 from . import STOPPED, interpreted
 
@@ -29,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.share is not None and options.journal is None:
+        raise InvalidInput("--share needs --journal FILE, where the results of all shares are put together")
+    if options.out is not None:
+        replaceable(options.out).parent.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available() and not INTERPRETED:
         print("No GPU here: the kernels run interpreted on the CPU, at small sizes.", flush=True)
         return interpreted(options.arguments)
@@ -47,8 +53,10 @@ def _verify(options: argparse.Namespace) -> int:
     kind = "verify guarded" if options.guarded else "verify"
     rows, stopped, journal = [], True, None
     if options.journal:
-        # One that is none is a mistake of the command's, and nothing has stopped.
+        # One that is none, or cannot be written, is a mistake of the command's, and nothing has stopped.
         lines(options.journal)
+        options.journal.parent.mkdir(parents=True, exist_ok=True)
+        options.journal.open("ab").close()
     # Interrupted, or by a kernel that broke the device, what is known so far is worth telling.
     try:
         if options.jobs > 1:
@@ -76,7 +84,7 @@ def _verify(options: argparse.Namespace) -> int:
         gathered.pop("backends")
         left = verify.kernels_left(device, rows) if stopped or options.case else []
         found = {"info": gathered, "left": left, "rows": verify.as_json(rows)}
-        options.out.write_text(json.dumps(found, indent=1))
+        write_whole(options.out, json.dumps(found, indent=1))
     if stopped:
         return STOPPED
     if not rows:

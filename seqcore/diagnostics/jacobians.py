@@ -195,8 +195,10 @@ def step_jacobians(
         raise InvalidInput(
             "step_jacobians: the state must have at least one element, got a width of 0; give it a hidden size above 0"
         )
-    before = _trajectory(advance, x, parts)
-    return StepJacobians(_differentiated(advance, x, before), decades)
+    # In which autograd records nothing. What was made in it is only read here, and copied before it is recorded.
+    with torch.inference_mode(False):
+        before = _trajectory(advance, x, parts)
+        return StepJacobians(_differentiated(advance, x, before), decades)
 
 
 def _prepared(step, x: Tensor, state: State | None) -> tuple[Advance, Tensor, tuple[Tensor, ...]]:

@@ -220,7 +220,7 @@ def _sequence(cell: str, input, hx, weights, options: Options, backend: str | No
     return problem.finish(y, h_n, c_n, cells if options.return_cells else None)
 
 
-def _request(problem: Problem, options: Options) -> Request:
+def _request(problem: Problem, options: Options, one_step: bool = False) -> Request:
     cell = find(problem.cell)
     features = {
         "packed input": problem.batch_sizes is not None,
@@ -244,6 +244,7 @@ def _request(problem: Problem, options: Options) -> Request:
         shape=None if torch.compiler.is_compiling() else _shape(problem),
         transformed=transforms_active(),
         sharded=sharded(problem.x, problem.h0, problem.c0, problem.lengths, problem.reset, *problem.weights[0][0]),
+        autocast=not one_step and target_dtype(problem.x) != problem.x.dtype,
     )
 
 
@@ -339,7 +340,7 @@ def _cell(cell, input, hx, weights, backend):
     """A cell is a sequence of one step, except for torch's own operators, which have their own."""
     problem = check_cell(cell, input, hx, reference.Weights(*weights))
     options = Options(bias=problem.bias)
-    chosen = backends.choose(_request(problem, options), backend)
+    chosen = backends.choose(_request(problem, options, one_step=True), backend)
     if chosen == "aten":
         h = problem.h0[0] if problem.c0 is None else (problem.h0[0], problem.c0[0])
         new = _ATEN_CELL[cell](problem.x[0], h, *weights)

@@ -67,7 +67,8 @@ def _forward(
     else:
         steps, grouped = _steps(x, h0, batch_sizes, lengths, reset), group(weights, directions, bias)
         y, h_n, c_n, kept = bptt.forward(cell, x.flatten(0, -2), h0, c0, grouped, steps, save_gates, save_cells, extra)
-    return y.view(*x.shape[:-1], y.shape[-1]), h_n, c_n, *kept
+    # No view, for whoever computes in place: autograd allows that with no view among several outputs of a Function.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])), h_n, c_n, *kept
 
 
 def _forward_fake(

@@ -12,10 +12,12 @@ from .. import functional, nn
 from ..backends import BACKENDS
 from ..clock import Call
 from ..errors import InvalidInput
+from ..functional.arguments import is_size
 
 MODULES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 PASSES = ("forward", "training")
 DTYPES = ("float16", "bfloat16", "float32")
+POSITIVE = "a positive number of at most 2^31 - 1"
 
 
 def falling_lengths(T: int, B: int) -> list[int]:
@@ -40,7 +42,7 @@ class _Problem:
             self._require(getattr(self, name) in values, name, f"one of {', '.join(values)}")
         for field in fields(self):
             if field.type is int and field.name != "window":
-                self._require(getattr(self, field.name) > 0, field.name, "a positive number")
+                self._require(is_size(getattr(self, field.name)), field.name, POSITIVE)
 
     def _require(self, right: bool, name: str, allowed: str) -> None:
         if not right:
@@ -138,7 +140,8 @@ class Attention(_Problem):
                 object.__setattr__(self, name, default)
         self._check()
         self._require(self.H % self.H_kv == 0, "H_kv", f"a divisor of H = {self.H}")
-        self._require(self.window == 0 or (self.causal and self.window > 0), "window", "positive, and with causal")
+        fits = is_size(self.window, least=0) and (self.causal or not self.window)
+        self._require(fits, "window", f"{POSITIVE}, and with causal; or 0 for all")
 
     def build(self, device: str) -> Call:
         """One pass, to be called again and again."""

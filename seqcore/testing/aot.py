@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices import INTERPRETED
+from ..files import replaceable, write_whole
 from ..kernels.tuning import TYPICAL
 from .aot_attention import probes
 from .aot_catalogue import catalogue, covering
@@ -302,6 +303,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
     if options.probe:
         return probe(max(1, options.jobs))
+    try:
+        replaceable(options.out)
+    except OSError as error:
+        parser.error(f"--out: {error}")
 
     entries = [
         entry for entry in catalogue() if options.kernel in entry.name and options.target in (None, entry.target)
@@ -322,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record:
         record(rows)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    write_whole(options.out, json.dumps(rows, indent=1) + "\n")
 
     print(table(rows))
     failures = sum(not row["ok"] for row in rows)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import info
-from ..journal import Journal
+from ..files import replaceable
+from ..journal import Journal, discard
 from ..kernels import tables, tuning
 from ..kernels.tuning import INTERPRETER
 from . import table
@@ -40,10 +41,11 @@ def run(problems: Sequence[Problem], bench: Bench, out: Path, log: Path, force: 
 
     Raises:
         BadTable: if ``out`` or the user's table is none, and not ``force``.
+        OSError: if ``out`` is no regular file, or ``log`` no journal.
     """
-    if force:
-        log.unlink(missing_ok=True)
     before = _before(out, bench.device.arch, force)
+    if force:
+        discard(log)
     searched, compared = Journal(log, key(), TUNED_KIND), Journal(log, key(), COMPARED_KIND)
     with tuning.user_table(None) if force else contextlib.nullcontext():
         whole = _each({problem.name: partial(search, problem, bench) for problem in problems}, searched)
@@ -64,7 +66,7 @@ def run(problems: Sequence[Problem], bench: Bench, out: Path, log: Path, force: 
 
 
 def _before(out: Path, arch: str, force: bool) -> dict[str, Any]:
-    if not out.is_file():
+    if not replaceable(out).exists():
         return {}
     try:
         return tables.read(out, arch)

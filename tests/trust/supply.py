@@ -26,6 +26,24 @@ PROMISES = [
         ("test_journal.py",),
     ),
     Promise(
+        "What a command writes replaces regular files and nothing else, a link stays and leads to what was written, "
+        "and --force deletes what is a journal and no other file.",
+        "Pipes, folders, links to them and links in a circle in the place of each result, and a file of somebody's in "
+        "that of a journal.",
+        (
+            "test_files.py",
+            "test_tune.py::test_force_deletes_no_file_that_is_no_log",
+            "test_tune.py::test_what_is_no_file_is_refused_before_anything_is_measured",
+            "test_hostile_results.py::test_what_is_no_result_of_theirs_is_neither_replaced_nor_deleted",
+        ),
+    ),
+    Promise(
+        "A mistake of whoever types a command is told in one line, with status 2: sizes beyond all numbers or all "
+        "memory, a backend in the environment that is none, a file that cannot be written. A bug keeps its traceback.",
+        "Each of them, output that nobody reads or that has no room, and errors of which none is the caller's.",
+        ("test_cli.py", "test_precompile.py::test_bad_input_is_refused"),
+    ),
+    Promise(
         "Nothing here unpickles or executes data, runs a shell, or opens a connection.",
         "A walk over the syntax of every source for modules and functions that do, with a list of exceptions, each "
         "with its reason; every process is started by a list of arguments.",
@@ -127,6 +145,65 @@ GUARDS = [
         "a strange line is no entry of a journal", "seqcore/journal.py", "if isinstance(entry, dict) and all(",
         "if all(",
         "test_journal.py::test_a_line_that_is_no_entry_loses_only_itself",
+    ),
+    Guard(
+        "what is no file is not replaced", "seqcore/files.py",
+        "if os.path.lexists(end) and not stat.S_ISREG(os.lstat(end).st_mode):", "if False:",
+        "test_files.py::test_what_is_no_file_is_not_replaced[pipe]",
+    ),
+    Guard(
+        "a link stays", "seqcore/files.py", "end = Path(os.path.realpath(path))", "end = path",
+        "test_files.py::test_a_link_stays_and_what_it_leads_to_is_written[True]",
+    ),
+    Guard(
+        "only a journal is deleted", "seqcore/journal.py", "if end.stat().st_size and not lines(path):", "if False:",
+        "test_files.py::test_a_journal_is_deleted_and_no_other_file",
+    ),
+    Guard(
+        "--force deletes no other file", "seqcore/tuning/run.py", "discard(log)", "log.unlink(missing_ok=True)",
+        "test_tune.py::test_force_deletes_no_file_that_is_no_log",
+    ),
+    Guard(
+        "a place that is no file is refused before a search", "seqcore/tuning/run.py",
+        "if not replaceable(out).exists():", "if not out.is_file():",
+        "test_tune.py::test_what_is_no_file_is_refused_before_anything_is_measured[False]",
+    ),
+    Guard(
+        "a benchmark deletes no other file", "benchmarks/__main__.py", "            discard(journal_path)",
+        "            journal_path.unlink(missing_ok=True)",
+        "test_hostile_results.py::test_what_is_no_result_of_theirs_is_neither_replaced_nor_deleted",
+    ),
+    Guard(
+        "a backend in the environment is checked first", "seqcore/cli.py", "    backends.resolve(None)\n", "",
+        "test_cli.py::test_a_backend_of_the_environments_that_is_none",
+    ),
+    Guard(
+        "memory that does not suffice is no bug", "seqcore/cli.py",
+        "or any(words in said for words in OUT_OF_MEMORY)", "", "test_cli.py::test_a_mistake_is_told_in_a_line",
+    ),
+    Guard(
+        "a bug is no mistake of the caller's", "seqcore/cli.py",
+        "return said if isinstance(error, (InvalidInput, UnsupportedInput, BadTable, OSError)) else None",
+        "return said", "test_cli.py::test_a_bug_keeps_its_traceback",
+    ),
+    Guard(
+        "a size is one that a tensor can have", "seqcore/profiling/problems.py",
+        "is_size(getattr(self, field.name))", "getattr(self, field.name) > 0",
+        "test_cli.py::test_a_mistake_is_told_in_a_line[a size beyond all numbers]",
+    ),
+    Guard(
+        "output is written before the status is known", "seqcore/cli.py",
+        "            # What cannot be written is to be known here, and not when Python ends.\n            _flush()",
+        "            pass", "test_cli.py::test_output_that_cannot_be_written[a full disk-info]",
+    ),
+    Guard(
+        "what cannot be written is dropped", "seqcore/cli.py", "os.dup2(nowhere.fileno(), sys.stdout.fileno())", "pass",
+        "test_cli.py::test_output_that_cannot_be_written[nobody reads-info]",
+    ),
+    Guard(
+        "a share needs a journal", "seqcore/commands/verify.py",
+        "if options.share is not None and options.journal is None:", "if False:",
+        "test_cli.py::test_a_mistake_is_told_in_a_line[a share of nothing]",
     ),
     Guard(
         "no shell", "seqcore/info.py", "subprocess.run(command, capture_output=True",

@@ -40,6 +40,19 @@ PROMISES = [
         ),
     ),
     Promise(
+        "A GPU goes by the name that compilers give it, too, \"sm_90a\"; a name that is none is refused.",
+        "Names with letters behind their number, and what only looks like one.",
+        (
+            "test_surroundings.py::test_a_gpu_by_its_compilers_name_is_the_gpu",
+            "test_surroundings.py::test_what_names_no_gpu_is_refused",
+        ),
+    ),
+    Promise(
+        "\"auto\" serves an LSTM that autocast takes to float16 on a CPU, for which torch's own may raise.",
+        "Inputs in float32 and bfloat16, against the reference; and what torch's own does serve stays with it.",
+        ("test_mixed_precision.py::test_auto_serves_the_lstm_that_onednn_has_not",),
+    ),
+    Promise(
         "`import seqcore` imports no Triton and touches no GPU.",
         "What an import brings in, in a process of its own.",
         ("test_packaging.py::test_import_brings_in_no_triton_and_touches_no_gpu",),
@@ -84,6 +97,20 @@ GUARDS = [
     Guard(
         "what is newer is named", "seqcore/info.py", '    lines += info["untested"]\n', "",
         "test_surroundings.py::test_versions_newer_than_any_tested_are_used_and_named",
+    ),
+    Guard(
+        "letters behind a GPU's number do not count", "kernels/tuning.py", "return numbered", "return self.arch",
+        "test_surroundings.py::test_a_gpu_by_its_compilers_name_is_the_gpu[sm_90a-sm_90]",
+    ),
+    Guard(
+        "a GPU's name has a number", "kernels/tuning.py",
+        "if len(digits) not in (2, 3) or not (digits.isascii() and digits.isdecimal()):", "if False:",
+        "test_surroundings.py::test_what_names_no_gpu_is_refused[sm_]",
+    ),
+    Guard(
+        "oneDNN is not asked for an LSTM in float16", "seqcore/capabilities.py",
+        'if request.operation == "lstm" and _by_onednn_in_half(request):', "if False:",
+        "test_mixed_precision.py::test_auto_serves_the_lstm_that_onednn_has_not[fp32]",
     ),
     Guard(
         "an import brings in no Triton", "seqcore/versions.py", "TRITON = triton_version()",
