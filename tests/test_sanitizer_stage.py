@@ -11,6 +11,7 @@ import torch
 
 from seqcore import Device
 from seqcore.journal import Journal
+from seqcore.testing.launches import noted_for
 
 from .benchmark_modules import load, needs_pytest_benchmark, not_interpreted
 
@@ -18,7 +19,6 @@ needs_pytest_benchmark()
 not_interpreted()
 
 from .test_campaign import alive  # noqa: E402
-from .test_residency import noted  # noqa: E402
 
 campaign, stages, sanitizer = load("campaign"), load("stages.definitions"), load("stages.run_sanitizer")
 
@@ -199,9 +199,9 @@ def test_the_campaign_runs_it_after_verify_and_keeps_its_rows_beside_the_numeric
 def test_the_problems_launch_every_kernel_and_what_they_say():
     covered = set()
     for problem in sanitizer.problems():
-        with noted(Device("sm_90")) as found:
+        with noted_for(Device("sm_90")) as found:
             problem.make(torch.device("cpu"))()
-        launched = {name for name, _ in found}
+        launched = {launch.name for launch in found}
         assert launched == set(problem.kernels), problem.name
         covered |= launched
     assert covered == set(load("ledger").kernels())
