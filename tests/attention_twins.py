@@ -67,6 +67,13 @@ def attending(backend: str) -> Callable:
     return attend
 
 
+def amplified(function: Callable, factor: float, *inputs: Tensor, **options) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value where ``factor`` comes in for each element of ``function``'s out."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = function(*leaves, **options)[0]
+    return torch.autograd.grad(out, leaves, torch.full_like(out, factor))
+
+
 def features(B: int, H: int, M: int, N: int, **options) -> dict[str, dict[str, Any]]:
     """Options by name: each of attention's features, and all together; tensors are made with ``options``."""
     slopes = torch.linspace(-0.1, 0.5, H, **options)

@@ -9,9 +9,11 @@ from seqcore import backends, functional
 from seqcore.kernels import tuning
 
 from .attention_twins import (
+    amplified,
     assert_like_reference,
     assert_like_torch,
     attending,
+    beside,
     doubled,
     ends,
     kernels,
@@ -125,6 +127,51 @@ def unwritten(*given):
 @drawn(25, 400, call=calls())
 def test_whatever_is_asked(call, device):
     on_another_draw(lambda seed: judge(call, seed, device), call["seed"])
+
+
+@st.composite
+def amplified_calls(draw):
+    """Of float16, where gradients come in as large as a loss scale makes them."""
+    m, n = draw(sizes), draw(sizes)
+    lengths = {
+        name: torch.tensor(draw(st.lists(st.integers(0, size), min_size=2, max_size=2)))
+        for name, size in (("query_lengths", m), ("key_lengths", n)) if draw(st.booleans())
+    }  # fmt: skip
+    return {
+        "m": m, "n": n, "d": draw(sizes), "dv": draw(st.integers(5, 64)), "group": draw(st.integers(1, 2)),
+        "mask": draw(st.sampled_from([None, bool_mask, additive_mask])),
+        "factor": 2.0 ** draw(st.integers(10, 15)), "seed": draw(st.integers(0, 2**32)),
+        "options": {
+            "causal": draw(st.sampled_from([None, "top_left", "lower_right"])),
+            "window": draw(st.none() | st.tuples(sides, sides)),
+            "softcap": draw(st.sampled_from([0.0, 2.0])), **lengths,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.kernels
+# NumPy remarks on rows past a tile of keys, which overflow and are not stored.
+@pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
+@drawn(4, 200, call=amplified_calls())
+def test_large_incoming_gradients_give_finite_ones(call, device):
+    """All elements that float16 holds by a margin are finite; so large is no score's gradient that it does not fit."""
+    torch.manual_seed(call["seed"])
+    m, n, heads = call["m"], call["n"], 2 * call["group"]
+    query, key, value = qkv(
+        2, heads, heads_kv=2, M=m, N=n, D=call["d"], DV=call["dv"], dtype=torch.float16, device=device
+    )  # fmt: skip
+    options = call["options"] | {"enable_gqa": True}
+    if call["mask"] is not None:
+        mask = call["mask"](2, 1, m, n)
+        options["attn_mask"] = mask.half() if mask.is_floating_point() else mask
+    options = {name: beside(option, device) for name, option in options.items()}
+    # Of values that are nearly alike the gradients of scores are small, but not the two numbers they differ by.
+    inputs = query, key, 1 + value / 16
+    found = amplified(kernels, call["factor"], *inputs, **options)
+    exact = amplified(
+        reference, call["factor"], *map(doubled, inputs), **{name: doubled(o) for name, o in options.items()}
+    )  # fmt: skip
+    assert all(a.isfinite()[b.abs() < 6e4].all() for a, b in zip(found, exact, strict=True))
 
 
 @drawn(25, 1_000, call=calls())

@@ -7,9 +7,20 @@ import pytest
 import torch
 
 from seqcore.devices import INTERPRETED
+from seqcore.kernels import tuning
 from seqcore.testing.budget import assert_within_budget
 
-from .attention_twins import assert_like_reference, doubled, kernels, qkv, reference, results, torch_attention
+from .attention_twins import (
+    amplified,
+    assert_like_reference,
+    beside,
+    doubled,
+    kernels,
+    qkv,
+    reference,
+    results,
+    torch_attention,
+)
 from .comparisons import assert_within, on_another_draw
 from .effort import effort, tried
 from .recurrence_twins import assert_alike, ours, problem, yardsticks
@@ -89,6 +100,24 @@ def test_nothing_drifts_over_a_long_sequence(device):
     on_another_draw(judge, 0)
 
 
+@pytest.mark.parametrize("factor", [2.0**13, 2.0**15])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_large_incoming_gradients_of_recurrences(cell, factor, device):
+    """As a loss scale makes them: beyond float16 gradients are infinite, but NaN only where plain PyTorch's are."""
+    twin, x, hx = problem(cell, T=5, B=5, I=8, H=17, dtype=torch.float16, device=device)
+    found, expected = (of_amplified(ours(twin, backend), x, hx, factor) for backend in ("triton", "reference"))
+    assert any((gradient.abs() > 1e4).any() for gradient in found)
+    for gradient, yardstick in zip(found, expected, strict=True):
+        assert not (gradient.isnan() & ~yardstick.isnan()).any()
+
+
+def of_amplified(module, x, hx, factor):
+    """Gradients of x and the parameters where ``factor`` comes in for each element of the output."""
+    x = x.detach().requires_grad_()
+    y = module(x, hx)[0]
+    return torch.autograd.grad(y, [x, *module.parameters()], torch.full_like(y, factor))
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -149,3 +178,72 @@ def test_logits_past_the_largest_number_are_nan_where_torchs_are(device):
     # Of lse torch's attention says nothing.
     assert all(torch.equal(found[name].isnan(), expected[name].isnan()) for name in expected if name != "lse")
     assert found["out"][:, :, 3].isnan().all() and found["out"][:, :, 4].isfinite().all()
+
+
+# How many keys, and options: beside keys that are not there, past a tile, past lengths and behind masks.
+BESIDE_NOTHING = {
+    "plain": (17, {}),
+    "lengths": (16, {"key_lengths": torch.tensor([13])}),
+    "additive mask": (20, {"attn_mask": torch.zeros(20)}),
+    "bool mask": (24, {"attn_mask": torch.arange(24) % 5 > 0}),
+    "lower right": (24, {"causal": "lower_right"}),
+    "window": (17, {"window": (9, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_NOTHING)
+def test_large_incoming_gradients(name, device):
+    """Of float16, where a key that is not there, taken for one, would have a score's gradient beyond it."""
+    N, options = BESIDE_NOTHING[name]
+    query, key, value = qkv(1, 2, M=9, N=N, D=64, dtype=torch.float16, device=device)
+    options = {name: beside(option, device) for name, option in options.items()}
+    for function in (kernels, reference):
+        gradients = amplified(function, 2.0**14, query, key, 1 + value / 10, **options)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("where", ["everywhere", "one key"])
+@pytest.mark.parametrize("largest", [2.5e38, torch.finfo(torch.float32).max])
+def test_masks_near_the_largest_number(largest, where, sign, kernel_dtype, device):
+    """Scores of base 2 would overflow there: as transformers mask, a row stays a mean, or hangs on one key."""
+    mask = torch.full((17, 37), sign * largest, device=device)
+    if where == "one key":
+        mask[:, torch.arange(37) != 5] = 0
+    assert_like_finite_reference(kernel_dtype, device, attn_mask=mask)
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
+def test_slopes_and_sinks_near_the_largest_number(name, decoding, kernel_dtype, device, monkeypatch):
+    monkeypatch.setattr(tuning, "decode_splits", lambda *_: 2 if decoding else 0)
+    given = torch.tensor([3e38, -3e38 if name == "sinks" else 0.1], requires_grad=name == "sinks")
+    assert_like_finite_reference(kernel_dtype, device, M=3, **{name: beside(given, device)})
+
+
+def assert_like_finite_reference(dtype, device, M=17, **options):
+    """Where one key decides, gradients of query and key are what roundings leave of nothing; but finite, as lse is."""
+    inputs = qkv(1, 2, M=M, N=37, D=20, dtype=dtype, device=device)
+    found, eager = (results(f, *inputs, weigh=("out",), **options) for f in (kernels, reference))
+    exact = results(reference, *map(doubled, inputs), weigh=("out",), **{n: doubled(o) for n, o in options.items()})
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    for name in ("out", "gradient of value"):
+        assert_within_budget(found[name], exact[name], eager[name], name)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_masks_that_are_not_finite_are_nan_where_torchs_are(value, device):
+    mask = torch.zeros(17, 37, device=device)
+    mask[3, 5] = value
+    inputs = qkv(1, 2, M=17, N=37, D=20, device=device)
+    found, expected = (f(*inputs, attn_mask=mask)[0] for f in (kernels, torch_attention))
+    assert torch.equal(found.isnan(), expected.isnan()) and found[:, :, 3].isnan().all()
+
+
+@pytest.mark.parametrize("softcap, scale", [(2.0**-126, 1.0), (2.0**126, None), (1.0, 2.0**126)])
+def test_softcaps_at_their_limits(softcap, scale, device):
+    """A least one makes a sign of each score, through which no gradient comes; the largest changes nothing."""
+    inputs = qkv(1, 2, M=17, N=37, D=20, device=device)
+    assert all(t.isfinite().all() for t in results(kernels, *inputs, softcap=softcap, scale=scale).values())
+    if softcap > 1:
+        assert_like_reference(*inputs, softcap=softcap)

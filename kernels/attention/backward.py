@@ -239,18 +239,16 @@ def attention_backward_dq_kernel(
 
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     begin, whole, end = visible_keys(place, features, BLOCK_M, BLOCK_N)
-    BOUNDED: tl.constexpr = (features.left is not None) or (features.right is not None)
     if features.left is None:
-        # Keys past the sequence's load zeros and contribute none, so without bounds nothing needs comparisons.
         dq_tile = _accumulate_dq(
-            dq_tile, q_tile, dout_tile, row_max, row_scale, delta, k, v, place, queries, features, begin,
-            whole if BOUNDED else end, GROUP, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRECISION,
+            dq_tile, q_tile, dout_tile, row_max, row_scale, delta, k, v, place, queries, features, begin, whole,
+            GROUP, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRECISION,
         )  # fmt: skip
-    if BOUNDED:
-        dq_tile = _accumulate_dq(
-            dq_tile, q_tile, dout_tile, row_max, row_scale, delta, k, v, place, queries, features, whole, end,
-            GROUP, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRECISION,
-        )  # fmt: skip
+    # Keys past the sequence's load zeros, but against those dS must vanish: beyond float16 it is inf, and inf * 0 NaN.
+    dq_tile = _accumulate_dq(
+        dq_tile, q_tile, dout_tile, row_max, row_scale, delta, k, v, place, queries, features, whole, end,
+        GROUP, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRECISION,
+    )  # fmt: skip
     rows = place.rows if sequences.packed is not None else M
     dq_ptr = head_ptr(dq, place.batch, place.head, place.first_row)
     store_rows(dq_ptr, row_stride(dq), dq_tile * features.scale, offs_m, rows, D, BLOCK_D)

@@ -9,11 +9,10 @@ Source: Dao et al., Flash-Decoding (2023).
 import triton
 import triton.language as tl
 
-from ..activations import LOG2_E
 from ..settled import settle
 from .forward import finish, fold
 from .layout import head_ptr, load_rows, place_at, row_stride, store_rows
-from .scores import queries_of, scores, visible_keys
+from .scores import in_base_2, queries_of, scores, visible_keys
 
 
 @triton.jit(do_not_specialize=["H_KV", "M", "N", "splits"])
@@ -110,7 +109,7 @@ def attention_combine_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if features.sinks_ptr is not None:
-        row_max = tl.load(features.sinks_ptr + offs_row // M % H, mask=there, other=0.0) * LOG2_E
+        row_max = in_base_2(tl.load(features.sinks_ptr + offs_row // M % H, mask=there, other=0.0))
         row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
     first = tl.full([], 0, tl.int64)
     for _split in range(splits):

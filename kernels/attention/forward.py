@@ -6,7 +6,7 @@ import triton.language as tl
 from ..activations import LN_2, LOG2_E
 from ..settled import settle
 from .layout import head_ptr, load_rows, locate, row_offsets, row_stride, store_rows
-from .scores import dropout_keeps, queries_of, scores, visible_keys
+from .scores import dropout_keeps, in_base_2, queries_of, scores, visible_keys
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def _forward_tile(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if features.sinks_ptr is not None:
-        row_max = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.load(features.sinks_ptr + place.head) * LOG2_E
+        row_max = tl.zeros([BLOCK_M], dtype=tl.float32) + in_base_2(tl.load(features.sinks_ptr + place.head))
         row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
     begin, whole, end = visible_keys(place, features, BLOCK_M, BLOCK_N)
     if sequences.q_ptr is not None:

@@ -14,8 +14,8 @@ import triton.language as tl
 from ..activations import LOG2_E, tanh
 from ..settled import settle
 
-# An additive mask of finfo.min must stay finite in base 2, as it does in base e: the lowest float32 over log2(e).
-LOWEST: tl.constexpr = tl.constexpr(-2.358e38)
+# The largest number that is finite in base 2, too: the largest float32 over log2(e).
+LARGEST: tl.constexpr = tl.constexpr(2.358e38)
 
 
 class Features(NamedTuple):
@@ -68,7 +68,7 @@ def queries_of(m, place, head, H, features):
     # Triton 3.6 lets no function return None: what is absent is 0, and nobody asks for it.
     slope, mask_ptrs = 0.0, 0
     if features.slopes_ptr is not None:
-        slope = tl.load(features.slopes_ptr + head) * LOG2_E
+        slope = in_base_2(tl.load(features.slopes_ptr + head))
     if features.mask_ptr is not None:
         # Offsets in int64: a mask of its own for each pair passes 2^31 elements at M = N = 46,341.
         mask_ptrs = (
@@ -80,6 +80,15 @@ def queries_of(m, place, head, H, features):
         )
     batch_head = place.sequence * H + head
     return Queries(m, batch_head, slope, mask_ptrs, place.rows, place.columns, diagonal_of(place, features))
+
+
+@triton.jit
+def in_base_2(given):
+    """log2(e) times logits that are given, as masks and sinks are; those that would overflow stay as they are.
+
+    So a mask of finfo.min or finfo.max stays finite, and infinity and NaN stay what they are.
+    """
+    return given * tl.where(tl.abs(given) <= LARGEST, LOG2_E, 1.0)
 
 
 @triton.jit
@@ -113,7 +122,7 @@ def scores(product, queries, n, features, EDGE: tl.constexpr):
             logits = tl.where(tl.load(ptrs, mask=inside, other=0) != 0, logits, float("-inf"))
         else:
             bias = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-            logits += tl.where(bias == float("-inf"), bias, tl.maximum(bias, LOWEST) * LOG2_E)
+            logits += in_base_2(bias)
     if EDGE:
         logits = tl.where(may_attend(queries, n, features), logits, float("-inf"))
     return logits, slope

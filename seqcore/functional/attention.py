@@ -96,7 +96,8 @@ def attention(
         causal: None, "top_left" (query m sees keys n <= m) or "lower_right" (n <= m + N - M).
         window: (left, right), how many keys before and after its own position a query sees; None is unbounded. Query m
             stands at key m with "top_left", at key m + N - M otherwise, M and N being the sequence's own lengths.
-        softcap: c > 0 replaces the scaled score s by c tanh(s / c); 0 is off.
+        softcap: c > 0 replaces the scaled score s by c tanh(s / c), c in 2^-126 … 2^126 and at least 2^-126 |scale|; 0
+            is off.
         alibi_slopes: [H]; subtracts slope * distance from the score, distance counted from where the query stands.
         sinks: [H] logits of one more key a head, of value zero; takes gradients.
         query_lengths, key_lengths: [B] int32 or int64, B the first of the leading dimensions; queries past theirs give
@@ -105,10 +106,12 @@ def attention(
             query is then [H, M, D], key [H_kv, N, D] and value [H_kv, N, DV].
         dropout_p: probability of dropping a weight.
         dropout_seed: makes the dropout repeatable; drawn from torch's generator by default. Not for "aten".
-        return_lse: also return the natural log-sum-exp of the scores, [*, H, M] float32 or better, differentiable. A
-            mask of -1e38 and below counts as -2.4e38 in the kernels, which compute in base 2.
+        return_lse: also return the natural log-sum-exp of the scores, [*, H, M] float32 or better, differentiable.
         return_weights: also return the weights in out's dtype: "average", [*, M, N], their mean over heads, made
             without a matrix of each head; or "per_head", [*, H, M, N], in plain PyTorch. Not with cu_seqlens.
+
+    The kernels compute in base 2, where float32 ends at 2.35e38: a score or a scale beyond is infinite there. Finite
+    numbers beyond in masks, slopes and sinks count as 0.69 times themselves, finfo.min as -2.36e38, in lse as well.
 
     What is not finite stays behind lengths, and within its sequence of cu_seqlens: no other result and no other
     gradient hangs on it (on "reference" where cu_seqlens can be read: on a CPU, not traced). Masks, causality and

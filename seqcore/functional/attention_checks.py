@@ -12,6 +12,8 @@ from .arguments import FLOATS, LARGEST, check_flags, check_floating, check_strid
 from .autocast import autocasting, target_dtype
 
 NAME = "attention"
+# The largest divisor, and one over the least, that a GPU's quick division takes; kernels divide the scale by a softcap.
+LARGEST_DIVISOR = 2.0**126
 
 
 @dataclass
@@ -66,8 +68,12 @@ def check_attention(
         raise InvalidInput(f"{NAME}: scale must be a number that float32 holds, or None, got {scale!r}")
     if not is_probability(dropout_p):
         raise InvalidInput(f"{NAME}: dropout_p must be a number in 0 … 1, got {dropout_p!r}")
-    if not (is_number(softcap) and 0 <= softcap <= LARGEST):
-        raise InvalidInput(f"{NAME}: softcap must be positive and within float32, or 0 for none, got {softcap!r}")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not _is_softcap(softcap, scale):
+        raise InvalidInput(
+            f"{NAME}: softcap must be 0 for none, or in 2^-126 … 2^126 and at least 2^-126 |scale|, got {softcap!r} "
+            f"with scale {scale!r}"
+        )
     if return_weights not in (None, "average", "per_head"):
         raise InvalidInput(f"{NAME}: return_weights must be None, 'average' or 'per_head', got {return_weights!r}")
     if is_causal_bias(attn_mask):
@@ -103,14 +109,20 @@ def check_attention(
     if causal == "lower_right" and M == N and not packed and query_lengths is None and key_lengths is None:
         causal = "top_left"
     return Problem(
-        query, key, value, attn_mask, causal, query.shape[-1] ** -0.5 if scale is None else float(scale), lead, grouped,
-        seeded=dropout_seed is not None,
+        query, key, value, attn_mask, causal, scale, lead, grouped, seeded=dropout_seed is not None,
         options={
             "window": window, "softcap": float(softcap), "alibi_slopes": alibi_slopes, "sinks": sinks,
             "query_lengths": query_lengths, "key_lengths": key_lengths, "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_k": cu_seqlens_k, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
         },
     )  # fmt: skip
+
+
+def _is_softcap(softcap: float, scale: float) -> bool:
+    """Whether softcap is 0, or a number that kernels can divide the scale by without overflow."""
+    if not is_number(softcap) or softcap == 0:
+        return is_number(softcap)
+    return max(1.0, abs(scale)) / LARGEST_DIVISOR <= softcap <= LARGEST_DIVISOR
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -130,6 +130,8 @@ def _dmask(given: Arguments, inputs: tuple, mask: Tensor) -> Tensor:
 
 
 def _dsinks(given: Arguments, sinks: Tensor, statistics: Tensor) -> Tensor:
+    from ..kernels.attention.scores import LARGEST
+
     row_max, row_scale, delta, _ = statistics.unbind(-1)
     # Rows of no packed sequence have neither sink nor scale.
     inside = row_scale != 0
@@ -137,9 +139,10 @@ def _dsinks(given: Arguments, sinks: Tensor, statistics: Tensor) -> Tensor:
     if lengths is not None:
         # Gradients that arrive in the padding, finite or not, are none of the sink's.
         inside = inside & (torch.arange(delta.shape[2], device=delta.device) < lengths[:, None, None])
-    # exp(sink - lse), the sink's own part of each row.
-    logits = sinks.float()[:, None] * math.log2(math.e)
-    part = torch.exp2(logits - row_max) * row_scale
+    # exp(sink - lse), the sink's own part of each row; in base 2 as the kernels have it.
+    logits = sinks.float()
+    logits = torch.where(logits.abs() <= LARGEST.value, logits * math.log2(math.e), logits)
+    part = torch.exp2(logits[:, None] - row_max) * row_scale
     return -torch.where(inside, part * delta, 0.0).sum((0, 2)).to(sinks.dtype)
 
 

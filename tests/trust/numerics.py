@@ -27,12 +27,28 @@ PROMISES = [
         ),
     ),
     Promise(
-        "What overflows is infinite, or NaN, exactly where it is in torch.",
+        "What overflows is infinite, or NaN, exactly where it is in torch; scores of attention's kernels, counted in "
+        "base 2, from 2.35e38 on.",
         "A recurrence that grows past the largest number, in 16 and 32 bits, and float32 logits past it; of the "
-        "recurrence the output, of attention the gradients, too.",
+        "recurrence the output, of attention the gradients, too. Masks, slopes and sinks up to the largest number, "
+        "and masks that are infinite or NaN; softcaps at their limits.",
         (
             "test_extremes_kernels.py::test_what_overflows_is_infinite_where_torchs_is",
             "test_extremes_kernels.py::test_logits_past_the_largest_number_are_nan_where_torchs_are",
+            "test_extremes_kernels.py::test_masks_near_the_largest_number",
+            "test_extremes_kernels.py::test_slopes_and_sinks_near_the_largest_number",
+            "test_extremes_kernels.py::test_masks_that_are_not_finite_are_nan_where_torchs_are",
+            "test_extremes_kernels.py::test_softcaps_at_their_limits",
+        ),
+    ),
+    Promise(
+        "Gradients that come in as large as a loss scale makes them give no NaN, where plain PyTorch gives none.",
+        "Up to 2^15 for each output in float16: attention whose own gradients float16 holds gives finite ones, beside "
+        "lengths, masks, windows and sizes that fill no tile; recurrences overflow, but to infinity.",
+        (
+            "test_extremes_kernels.py::test_large_incoming_gradients",
+            "test_extremes_kernels.py::test_large_incoming_gradients_of_recurrences",
+            "test_attention_drawn.py::test_large_incoming_gradients_give_finite_ones",
         ),
     ),
     Promise(
@@ -107,6 +123,37 @@ GUARDS = [
         "return tl.exp2(logits - (row_max - tl.log2(row_scale)))",
         "test_attention_kernels.py::test_a_log_sum_exp_far_from_zero",
         interpreted=True,
+    ),
+    Guard(
+        "no score's gradient comes from keys that are not there",
+        "kernels/attention/backward.py",
+        "features, whole, end,\n        GROUP, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRECISION,",
+        "features, whole, end,\n        GROUP, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRECISION,",
+        "test_extremes_kernels.py::test_large_incoming_gradients[plain]",
+        interpreted=True,
+    ),
+    Guard(
+        "masks, slopes and sinks that base 2 cannot hold stay as they are",
+        "kernels/attention/scores.py",
+        "return given * tl.where(tl.abs(given) <= LARGEST, LOG2_E, 1.0)",
+        "return given * LOG2_E",
+        "test_extremes_kernels.py::test_masks_near_the_largest_number[fp32-2.5e+38-everywhere-1]",
+        interpreted=True,
+    ),
+    Guard(
+        "so does a sink in its own gradient",
+        "seqcore/ops/attention_launch.py",
+        "torch.where(logits.abs() <= LARGEST.value, logits * math.log2(math.e), logits)",
+        "logits * math.log2(math.e)",
+        "test_extremes_kernels.py::test_slopes_and_sinks_near_the_largest_number[fp32-sinks-False]",
+        interpreted=True,
+    ),
+    Guard(
+        "a softcap that the scale cannot be divided by is refused",
+        "seqcore/functional/attention_checks.py",
+        "return max(1.0, abs(scale)) / LARGEST_DIVISOR <= softcap <= LARGEST_DIVISOR",
+        "return 0 < softcap <= LARGEST",
+        "test_attention_errors.py::test_attention[softcap denormal]",
     ),
     Guard(
         "a relu lets NaN through",
