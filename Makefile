@@ -5,8 +5,10 @@ EXTRAS ?= bench,dev
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-# A process a core. The plugin that measures warns beside the one that runs processes, and has nothing to do here.
-PARALLEL ?= -n auto --maxprocesses 8 -p no:benchmark
+# A process a core, and so a thread a process, also of those that tests begin. The plugin that measures warns beside the
+# one that runs processes, and has nothing to do here.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal -p no:benchmark
+ONE_THREAD := OMP_NUM_THREADS=1
 
 # What a caller's shell says about Python, Triton or the backend must not change what a target does.
 CLEAN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u TRITON_INTERPRET -u SEQCORE_BACKEND -u SEQCORE_NIGHTLY
@@ -28,8 +30,8 @@ help:  ## list the targets
 venv: $(VENV)/.ready  ## make .venv, with every package pinned
 
 test: $(VENV)/.ready  ## the ordinary suite, the interpreted suite, and every kernel compiled ahead of time
-	$(CLEAN) $(BIN)/pytest tests $(PARALLEL)
-	$(CLEAN) TRITON_INTERPRET=1 $(BIN)/pytest tests $(PARALLEL)
+	$(CLEAN) $(ONE_THREAD) $(BIN)/pytest tests $(PARALLEL)
+	$(CLEAN) $(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/pytest tests $(PARALLEL)
 	$(CLEAN) $(BIN)/python -m seqcore.testing.aot --out build/aot.json
 
 nightly: $(VENV)/.ready  ## what docs/trust.md promises, with many cases, and the mutants that its tests must kill
