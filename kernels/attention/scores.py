@@ -63,6 +63,15 @@ class Queries(NamedTuple):
 
 
 @triton.jit
+def in_base_2(given):
+    """log2(e) times logits that are given, as masks and sinks are; those that would overflow stay as they are.
+
+    So a mask of finfo.min or finfo.max stays finite, and infinity and NaN stay what they are.
+    """
+    return given * tl.where(tl.abs(given) <= LARGEST, LOG2_E, 1.0)
+
+
+@triton.jit
 def queries_of(m, place, head, H, features):
     """The ``Queries`` at positions m of ``place``'s sequence; ``head`` may be one, or a tensor like m."""
     # Triton 3.6 lets no function return None: what is absent is 0, and nobody asks for it.
@@ -80,15 +89,6 @@ def queries_of(m, place, head, H, features):
         )
     batch_head = place.sequence * H + head
     return Queries(m, batch_head, slope, mask_ptrs, place.rows, place.columns, diagonal_of(place, features))
-
-
-@triton.jit
-def in_base_2(given):
-    """log2(e) times logits that are given, as masks and sinks are; those that would overflow stay as they are.
-
-    So a mask of finfo.min or finfo.max stays finite, and infinity and NaN stay what they are.
-    """
-    return given * tl.where(tl.abs(given) <= LARGEST, LOG2_E, 1.0)
 
 
 @triton.jit
