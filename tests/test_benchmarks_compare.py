@@ -1,6 +1,7 @@
 """Two runs side by side: what is slower is flagged, what only the machine did is not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -135,4 +136,5 @@ def test_a_deliberately_slower_commit_is_flagged(tmp_path):
     out = tmp_path / "changes.md"
     # Twice as long, at least: what other programs do to such short times is less.
     assert compare.main([*map(str, files), "--threshold", "100%", "--out", str(out)]) == 1
-    assert "| recurrence LSTM forward float32 grid: T = 16, B = 2, I = 16, H = 16" in out.read_text()
+    # Of so many rows one may be unclear.
+    assert re.search(r"^\| recurrence LSTM forward float32 length: .* \|\s+slower \|", out.read_text(), re.MULTILINE)
