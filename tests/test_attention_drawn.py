@@ -76,7 +76,8 @@ def calls(draw):
         "slopes": draw(st.booleans()), "sinks": draw(st.booleans()),
         "options": {
             "causal": draw(st.sampled_from([None, "top_left", "lower_right"])),
-            "window": draw(st.none() | st.tuples(sides, sides).filter(lambda window: window != (0, 0))),
+            # With causality a row would see one key.
+            "window": draw(st.none() | st.tuples(sides, sides).filter(lambda window: window[0] != 0)),
             "softcap": draw(st.sampled_from([0.0, 0.0, 2.0])),
             "scale": draw(scales),
             "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])), "dropout_seed": draw(st.integers(0, 2**62)),
